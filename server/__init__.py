@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server, its command line and its load test."""

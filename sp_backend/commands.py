@@ -1,0 +1,114 @@
+"""What a worker can be told, and what it answers. Pure: no torch; msgpack on the wire (msgspec Structs).
+
+The controller sends each worker its own `Step`: the fields that describe the whole batch are equal on every rank
+(so that all ranks derive the same buffer sizes), those marked *this rank's* are not. Token ids and page indices
+travel as little-endian int32 bytes, page owners as one byte a page.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How to turn the last logits of a sequence into a token. temperature 0 is greedy (argmax)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: all
+    min_p: float = 0.0
+    seed: int = 0  # the draw depends on (seed, position) alone: not on batch, rank or retraction
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    banned: list[int] = []  # never sampled (end-of-sequence before min_tokens)
+    logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely ones'
+    context: bytes = b""  # int32 prompt + output ids, only if a penalty needs them
+    num_prompt: int = 0  # how many of `context` are prompt
+
+
+class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
+    """One request's part of a step: `num_new` tokens after `start` cached ones."""
+
+    request_id: int
+    start: int  # tokens already in the KV cache; page-aligned unless home >= 0
+    num_new: int
+    home: int  # SP rank that holds all the new tokens; -1: spread over the ranks by the plan's layout
+    page_owners: bytes  # SP rank of each page appended to the request since its previous step (uint8)
+    pages: bytes  # this rank's: indices of those of them that it owns (int32), in order
+    tokens: bytes  # this rank's: ids of the new tokens it computes (int32), in position order
+    sampling: Sampling | None = None  # set: sample the token that follows the last new one
+
+
+class Group(msgspec.Struct, frozen=True, array_like=True):
+    """Sequences that run under one plan. All groups of a step share one forward pass."""
+
+    plan: str  # a strategy's name, "decode" (home tokens, history anywhere) or "local" (home tokens, history at home)
+    sequences: list[SequenceStep]
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """Run one forward pass. `release` frees the worker's page tables of ended or retracted requests first."""
+
+    step_id: int
+    groups: list[Group]
+    release: list[int] = []
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End the process cleanly."""
+
+
+Command = Step | Shutdown
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token: int
+    logprob: float  # natural log, of the unmodified distribution
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+    request_id: int
+    token: int
+    logprob: float | None = None
+    top: list[TokenLogprob] = []
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Sent once, after weights are loaded and plans proved and compared."""
+
+    rank: int
+    num_pages: int  # KV pages of this rank
+    page_size: int
+    plan_digests: dict[str, str]
+    load_seconds: float
+    weight_bytes: int
+    kv_bytes: int
+
+
+class StepResult(msgspec.Struct, frozen=True, tag=True):
+    """Counters are totals since the worker started."""
+
+    step_id: int
+    rank: int
+    tokens: list[SampledToken]  # from the one rank that sampled; empty elsewhere
+    seconds: float  # wall time of this step on this rank
+    query_key_pairs: int  # total visible (query, key, head-fraction) pairs attended: see worker.py
+    bytes_sent: int  # total, by plans
+    wait_seconds: float  # total, blocked on transfers
+    pages_held: int  # pages in the tables of live requests on this rank, now
+
+
+class Failure(msgspec.Struct, frozen=True, tag=True):
+    """The worker cannot go on and is about to exit."""
+
+    rank: int
+    message: str
+
+
+Report = Ready | StepResult | Failure
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_report = msgspec.msgpack.Decoder(Report).decode

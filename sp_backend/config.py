@@ -1,0 +1,38 @@
+"""What a worker needs to know to build itself. Pure: no torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+LAYOUTS = ("tokens", "heads")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Resolved values only: every `auto` was decided before this is made.
+
+    World = tp_size x sp_size ranks; rank = tp_rank * sp_size + sp_rank, so an SP group is a run of neighbours.
+    """
+
+    model_path: str
+    dtype: str  # one of DTYPES
+    device: str = "cpu"
+    load_format: str = "auto"  # auto | dummy
+    tp_size: int = 1
+    sp_size: int = 1
+    layout: str = "tokens"  # one of LAYOUTS
+    strategy: str = "ring_pass_kv"  # the plan of spread prefills
+    redundant_kv: bool = False  # layout heads: every rank computes K/V of all new tokens
+    causal: bool = True
+    kernel: str = "torch_cpu"
+    page_size: int = 64
+    num_pages: int | None = None  # per rank; None: from kv_memory_bytes
+    kv_memory_bytes: int | None = None  # per rank
+    context_length: int
+    num_threads: int = 1
+    seed: int = 0  # dummy weights
+    dist_timeout: float = 300.0  # seconds any collective or transfer may take
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.sp_size
