@@ -1,0 +1,46 @@
+"""What the HTTP side asks of the controller, and what it gets back. Torch-free."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from sp_backend.commands import Sampling, TokenLogprob
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"  # an end-of-sequence or stop token, or a stop string (found by the server)
+    LENGTH = "length"  # max_tokens or the context length reached
+    ABORT = "abort"  # the client went away or asked for it
+    ERROR = "error"  # the controller or a worker failed
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to complete. `n` completions of one prompt are n of these."""
+
+    request_id: str
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids included unless ignore_eos
+    min_tokens: int = 0  # no stop token before that many
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    token: int
+    logprob: float | None = None  # natural log, of the unmodified distribution
+    top: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One event of a request's stream. The last one has `finish_reason`."""
+
+    request_id: str
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None  # the id that ended it (not among `tokens`)
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+    error: str | None = None  # with FinishReason.ERROR
