@@ -1,0 +1,120 @@
+"""This rank's share of the paged KV cache: one copy of every page, on one SP rank.
+
+A page holds `page_size` consecutive positions of one request (or of the prefix several requests share). Every rank
+knows the owner of every page of a request, and the index of those it owns itself, so all of them derive the same
+history lengths without asking each other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+class PageTable:
+    """Which SP rank owns each page of one request, and where this rank's own pages lie in its cache."""
+
+    def __init__(self, sp_rank: int, page_size: int) -> None:
+        self._sp_rank = sp_rank
+        self._page_size = page_size
+        self._owners = np.empty(0, np.uint8)  # SP rank of page p
+        self._slots = np.empty(0, np.int64)  # cache row of every position on this rank, in position order
+
+    def append(self, owners: bytes, pages: bytes) -> None:
+        """owners: one byte a page; pages: int32 indices of those that this rank owns, in order."""
+        new = np.frombuffer(owners, np.uint8)
+        own = np.frombuffer(pages, "<i4").astype(np.int64)
+        assert np.count_nonzero(new == self._sp_rank) == len(own), "one index for each page this rank owns"
+        rows = (own[:, None] * self._page_size + np.arange(self._page_size)).ravel()
+        self._owners = np.concatenate([self._owners, new])
+        self._slots = np.concatenate([self._slots, rows])
+
+    @property
+    def num_own_pages(self) -> int:
+        return len(self._slots) // self._page_size
+
+    def history_rows(self, start: int, num_ranks: int) -> list[int]:
+        """Cached tokens on each SP rank when the request has `start` of them."""
+        num_pages = -(-start // self._page_size)
+        assert num_pages <= len(self._owners), "cached tokens without a page"
+        rows = np.bincount(self._owners[:num_pages], minlength=num_ranks) * self._page_size
+        if num_pages:
+            rows[self._owners[num_pages - 1]] -= num_pages * self._page_size - start
+        return [int(n) for n in rows]
+
+    def history_positions(self, start: int, rank: int) -> Ints:
+        """Positions of the cached tokens that SP rank `rank` holds, ascending."""
+        pages = np.flatnonzero(self._owners[: -(-start // self._page_size)] == rank)
+        positions = (pages[:, None] * self._page_size + np.arange(self._page_size)).ravel()
+        return positions[positions < start]
+
+    def slots(self, start: int, stop: int) -> Ints:
+        """Cache rows of this rank's positions in [start, stop), ascending."""
+        ps, mine = self._page_size, self._owners == self._sp_rank
+        full = np.concatenate([[0], np.cumsum(mine)]) * ps  # own rows before page p
+
+        def before(position: int) -> int:
+            page, offset = divmod(position, ps)
+            return int(full[page]) + (offset if offset and mine[page] else 0)
+
+        return self._slots[before(start) : before(stop)]
+
+
+class KVCache:
+    """Keys and values of this rank's pages, every layer. rows = num_pages x page_size.
+
+    Storage is allocated once and untouched pages cost no physical memory on a CPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_pages * page_size, 2, num_kv_heads, head_dim)
+        self._layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    @staticmethod
+    def bytes_per_page(
+        *, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, itemsize: int
+    ) -> int:
+        return num_layers * page_size * 2 * num_kv_heads * head_dim * itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self._layers)
+
+    def write(self, layer: int, rows: Rows, kv: torch.Tensor) -> None:
+        """kv: [len(rows), 2, kv_heads, head_dim]."""
+        if rows.contiguous:
+            self._layers[layer][rows.low : rows.low + len(rows)] = kv
+        else:
+            self._layers[layer].index_copy_(0, rows.index, kv)
+
+    def read(self, layer: int, rows: Rows) -> torch.Tensor:
+        """[len(rows), 2, kv_heads, head_dim]; a view where the rows lie together, else a copy."""
+        if rows.contiguous:
+            return self._layers[layer][rows.low : rows.low + len(rows)]
+        return self._layers[layer].index_select(0, rows.index)
+
+
+class Rows:
+    """Cache rows of a step, prepared once and used by every layer."""
+
+    def __init__(self, slots: Ints, device: torch.device) -> None:
+        self._len = len(slots)
+        self.low = int(slots[0]) if self._len else 0
+        self.contiguous = bool(np.array_equal(slots, np.arange(self.low, self.low + self._len)))
+        self.index = torch.from_numpy(slots).to(device)  # [rows] int64
+
+    def __len__(self) -> int:
+        return self._len

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+
+from sp_backend.kv_cache import KVCache, PageTable, Rows
+
+PAGE = 4
+
+
+def table(sp_rank: int, owners: list[int]) -> PageTable:
+    """Page p of the request has index 10 * p on its owner."""
+    pages = np.array([10 * p for p, owner in enumerate(owners) if owner == sp_rank], "<i4")
+    made = PageTable(sp_rank, PAGE)
+    made.append(bytes(owners[:2]), pages[: owners[:2].count(sp_rank)].tobytes())
+    made.append(bytes(owners[2:]), pages[owners[:2].count(sp_rank) :].tobytes())
+    return made
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranks_agree_on_the_history_and_hold_each_position_once(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_ranks, num_pages = int(rng.integers(1, 5)), int(rng.integers(2, 9))
+    owners = [int(r) for r in rng.integers(0, num_ranks, num_pages)]
+    start = int(rng.integers(0, num_pages * PAGE + 1))
+    tables = [table(r, owners) for r in range(num_ranks)]
+
+    held = [tables[0].history_positions(start, r) for r in range(num_ranks)]
+    assert sorted(np.concatenate(held)) == list(range(start))
+    for r, own in enumerate(tables):
+        assert own.history_rows(start, num_ranks) == [len(p) for p in held]
+        want = [10 * (p // PAGE) * PAGE + p % PAGE for p in held[r]]
+        assert own.slots(0, start).tolist() == want
+        middle = int(rng.integers(0, start + 1))
+        assert own.slots(0, middle).tolist() + own.slots(middle, start).tolist() == want
+
+
+@pytest.mark.parametrize("slots", [[5, 6, 7], [5, 7, 6], []])
+def test_what_is_written_is_read_back(slots: list[int]) -> None:
+    cache = KVCache(
+        num_layers=2,
+        num_pages=3,
+        page_size=PAGE,
+        num_kv_heads=2,
+        head_dim=8,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    rows = Rows(np.array(slots, np.int64), torch.device("cpu"))
+    kv = torch.randn(len(slots), 2, 2, 8)
+    cache.write(1, rows, kv)
+    assert torch.equal(cache.read(1, rows), kv)
+    assert rows.contiguous == (slots != [5, 7, 6])
+    assert cache.nbytes == 3 * KVCache.bytes_per_page(
+        num_layers=2, page_size=PAGE, num_kv_heads=2, head_dim=8, itemsize=4
+    )
