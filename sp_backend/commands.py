@@ -9,6 +9,17 @@ from __future__ import annotations
 
 import msgspec
 
+from sp_backend.config import BackendConfig
+
+
+class WorkerStart(msgspec.Struct, frozen=True):
+    """What a worker process reads from its standard input, up to end of file."""
+
+    config: BackendConfig
+    rank: int
+    address: str  # of the controller's ZMQ ROUTER; the worker's DEALER takes the identity str(rank)
+    rendezvous: str  # a file that does not exist yet, for torch.distributed's FileStore
+
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How to turn the last logits of a sequence into a token. temperature 0 is greedy (argmax)."""
@@ -110,5 +121,6 @@ class Failure(msgspec.Struct, frozen=True, tag=True):
 Report = Ready | StepResult | Failure
 
 encode = msgspec.msgpack.Encoder().encode
+decode_start = msgspec.msgpack.Decoder(WorkerStart).decode
 decode_command = msgspec.msgpack.Decoder(Command).decode
 decode_report = msgspec.msgpack.Decoder(Report).decode
