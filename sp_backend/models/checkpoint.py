@@ -1,0 +1,80 @@
+"""Reads slices of tensors from a Hugging Face folder: one safetensors file or several with an index.
+
+Files are memory-mapped, so a rank touches only the bytes that it keeps.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class Checkpoint:
+    """The weights of a folder. Every failure is a ValueError that names the file and the tensor."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._index = _read_index(self._folder)  # tensor -> file name; None: all in SINGLE
+        self._open: dict[str, Any] = {}
+
+    def read(self, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> Tensor:
+        """`slices` of the tensor `name`, in the file's dtype; the whole of it must have `shape`."""
+        file = self._file_of(name)
+        try:
+            stored = self._handle(file).get_slice(name)
+            found, dtype = tuple(stored.get_shape()), stored.get_dtype()
+        except SafetensorError as error:
+            raise ValueError(f'{self._folder / file}: tensor "{name}" is missing') from error
+        if found != shape:
+            raise ValueError(
+                f'{self._folder / file}: tensor "{name}" has shape {list(found)}, '
+                f"but config.json implies {list(shape)}"
+            )
+        if dtype not in DTYPES:
+            raise ValueError(
+                f'{self._folder / file}: tensor "{name}" has dtype {dtype}; supported: {", ".join(DTYPES)}'
+            )
+        tensor: Tensor = stored[slices]
+        return tensor
+
+    def _file_of(self, name: str) -> str:
+        if self._index is None:
+            return SINGLE
+        if name not in self._index:
+            raise ValueError(f'{self._folder / INDEX}: tensor "{name}" is missing')
+        return self._index[name]
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            path = self._folder / file
+            if not path.is_file():
+                raise ValueError(f"{path}: weight file is missing")
+            try:
+                self._open[file] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
+        return self._open[file]
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    path = folder / INDEX
+    if not path.exists():
+        if not (folder / SINGLE).exists():
+            raise ValueError(f"{folder}: no weights: neither {SINGLE} nor {INDEX} is there")
+        return None
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        assert isinstance(index, dict) and all(isinstance(file, str) for file in index.values())
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f'{path}: unreadable: expected a JSON object with a "weight_map" of file names'
+        ) from error
+    return index

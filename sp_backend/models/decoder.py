@@ -1,0 +1,157 @@
+"""One decoder for the Llama, Mistral, Qwen2 and Qwen3 families; a rank's part of it.
+
+The decoder knows its shard and never the ranks around it: the caller's `Attention` runs sequence parallelism,
+and `Collectives` joins what tensor parallelism split. Long inputs go through the projections and the MLP in
+blocks of rows, so that memory beyond q, kv, attention output and hidden states does not grow with the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sp_backend.models.config import ModelConfig
+from sp_backend.models.layers import inverse_frequencies, rms_norm, rope_cos_sin, rotate
+from sp_backend.models.parameters import LayerWeights, Parameters
+from sp_backend.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD, fill_dummy, load_weights, tensor_specs
+from sp_backend.parallel import Collectives, Shard
+
+BLOCK_ROWS = 4096
+
+
+class Attention(Protocol):
+    """Everything between the projections, for one forward pass."""
+
+    @property
+    def kv_rows(self) -> slice:
+        """The rows of the local hidden states for which this rank projects keys and values."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """Of rotated q [n, heads, head_dim] and kv [rows, 2, kv_heads, head_dim]: [n, heads, head_dim]."""
+        ...
+
+
+class Decoder:
+    """Made empty; `load` or `fill_dummy` gives it weights."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shard: Shard,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        collectives: Collectives,
+    ) -> None:
+        self.config = config
+        self.shard = shard
+        self.dtype = dtype
+        self.num_heads = len(shard.query_heads(config.num_heads))  # of this rank
+        self.num_kv_heads = len(shard.kv_heads(config.num_kv_heads))  # of this rank
+        self._collectives = collectives
+        self._specs = list(tensor_specs(config, shard))
+        parameters = Parameters.allocate(self._specs, dtype, device)
+        self._embedding = parameters.join(EMBEDDING)
+        self._layers = [parameters.layer(config, index) for index in range(config.num_layers)]
+        self._final_norm = parameters.join(FINAL_NORM)
+        self._head = self._embedding if config.tie_word_embeddings else parameters.join(LM_HEAD)
+        self._parameters = parameters.by_name
+        self._vocab = shard.split(config.vocab_size)
+        self._vocab_sizes = shard.split_sizes(config.vocab_size)
+        inv_freq, self._rope_scale = inverse_frequencies(config.rope, config.head_dim)
+        self._inv_freq = inv_freq.to(device)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self._parameters.values())
+
+    def load(self, folder: str | Path, progress: bool = False) -> int:
+        """Reads this rank's part of the folder's weights; returns the bytes read."""
+        return load_weights(self._parameters, self._specs, folder, progress)
+
+    def fill_dummy(self, seed: int = 0) -> None:
+        """Random weights, the same model however it is split over ranks."""
+        fill_dummy(self._parameters, self._specs, seed)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Hidden states [n, hidden] of tokens [n] at positions [n], before the final norm. n may be 0."""
+        hidden = self._embed(tokens)
+        cos, sin = rope_cos_sin(positions, self._inv_freq, self._rope_scale, self.dtype)
+        for index, layer in enumerate(self._layers):
+            q, kv = self._project(layer, hidden, cos, sin, attention.kv_rows)
+            attended = attention.attend(index, q, kv)
+            for rows in _blocks(len(hidden)):
+                self._finish_layer(layer, hidden[rows], attended[rows])
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [m, vocab] in fp32 of hidden states [m, hidden] from `forward`."""
+        normed = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
+        return self._collectives.gather_last(F.linear(normed, self._head).float(), self._vocab_sizes)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Each rank looks up the tokens of its part of the vocabulary."""
+        if self.shard.group_size == 1 or not len(tokens):
+            return F.embedding(tokens, self._embedding)
+        local = tokens - self._vocab.start
+        mine = (local >= 0) & (local < len(self._vocab))
+        hidden = F.embedding(local.where(mine, 0), self._embedding) * mine[:, None]
+        return self._collectives.all_reduce(hidden)
+
+    def _project(
+        self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, kv_rows: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated q [n, heads, head_dim] of all rows and kv [rows, 2, kv_heads, head_dim] of kv_rows."""
+        head_dim, num_q = self.config.head_dim, self.num_heads * self.config.head_dim
+        first, last, _ = kv_rows.indices(len(hidden))
+        q = hidden.new_empty(len(hidden), self.num_heads, head_dim)
+        kv = hidden.new_empty(last - first, 2, self.num_kv_heads, head_dim)
+        for rows in _blocks(len(hidden)):
+            x = rms_norm(hidden[rows], layer.input_norm, self.config.rms_norm_eps)
+            lo, hi = max(rows.start, first), min(rows.stop, last)
+            if (lo, hi) == (rows.start, rows.stop):
+                q_part, kv_part = F.linear(x, layer.qkv, layer.qkv_bias).tensor_split([num_q], dim=-1)
+            else:
+                q_bias, kv_bias = (
+                    (None, None) if layer.qkv_bias is None else layer.qkv_bias.tensor_split([num_q])
+                )
+                q_part = F.linear(x, layer.qkv[:num_q], q_bias)
+                kv_part = F.linear(x[lo - rows.start : hi - rows.start], layer.qkv[num_q:], kv_bias)
+            q[rows] = self._rotated(
+                q_part.view(-1, self.num_heads, head_dim), layer.q_norm, cos[rows], sin[rows]
+            )
+            if lo < hi:
+                k_part, v_part = kv_part.view(-1, 2, self.num_kv_heads, head_dim).unbind(1)
+                kv[lo - first : hi - first, 0] = self._rotated(k_part, layer.k_norm, cos[lo:hi], sin[lo:hi])
+                kv[lo - first : hi - first, 1] = v_part
+        return q, kv
+
+    def _rotated(self, x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        if norm is not None:
+            x = rms_norm(x, norm, self.config.rms_norm_eps)
+        return rotate(x, cos, sin)
+
+    def _finish_layer(self, layer: LayerWeights, hidden: Tensor, attended: Tensor) -> None:
+        """Output projection and MLP, added to these rows of hidden in place."""
+        hidden += self._row_parallel(attended.flatten(1), layer.out, layer.out_bias)
+        x = rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps)
+        gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        hidden += self._row_parallel(F.silu(gate) * up, layer.down, layer.down_bias)
+
+    def _row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.shard.group_size == 1:
+            return F.linear(x, weight, bias)
+        total = self._collectives.all_reduce(F.linear(x, weight))
+        return total if bias is None else total + bias
+
+
+def _blocks(num_rows: int) -> Iterator[slice]:
+    for start in range(0, num_rows, BLOCK_ROWS):
+        yield slice(start, min(start + BLOCK_ROWS, num_rows))
