@@ -1,0 +1,95 @@
+"""Logits to tokens.
+
+A draw depends on the seed, the token's position and the distribution alone: one number in [0, 1), hashed from
+seed and position, is looked up in the cumulative distribution in vocabulary order. So the same request gives the
+same tokens in any batch, on any rank and after any retraction, up to rounding of its logits at a boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sp_backend.commands import Sampling, TokenLogprob
+
+
+class Sample(NamedTuple):
+    token: int
+    logprob: float | None  # of the unmodified distribution; None unless asked for
+    top: list[TokenLogprob]  # the most likely tokens, as many as asked for
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[Sample]:
+    """One token per row of logits [rows, vocab] in fp32; positions are those of the tokens to be drawn."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    samples = []
+    for row, token, sampling, position in zip(logits, tokens, samplings, positions, strict=True):
+        wanted = _adjust(row, sampling)
+        if sampling.temperature > 0:
+            token = _draw(_probabilities(wanted, sampling), sampling.seed, position)
+        elif wanted is not row:
+            token = int(wanted.argmax())
+        samples.append(_with_logprobs(row, token, sampling.logprobs))
+    return samples
+
+
+def _adjust(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Penalties, then biases, then bans, on a copy; the same tensor if there are none. logits: [vocab]."""
+    if not (sampling.context or sampling.logit_bias or sampling.banned):
+        return logits
+    logits = logits.clone()
+    if sampling.context:
+        context = torch.frombuffer(bytearray(sampling.context), dtype=torch.int32).long()
+        seen = torch.unique(context).to(logits.device)
+        scores = logits[seen]
+        penalty = sampling.repetition_penalty
+        logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+        output, counts = torch.unique(context[sampling.num_prompt :], return_counts=True)
+        penalties = sampling.frequency_penalty * counts + sampling.presence_penalty
+        logits[output.to(logits.device)] -= penalties.to(logits.device)
+    if sampling.logit_bias:
+        biased = torch.tensor(list(sampling.logit_bias), device=logits.device)
+        logits[biased] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+    if sampling.banned:
+        logits[torch.tensor(sampling.banned, device=logits.device)] = -torch.inf
+    return logits
+
+
+def _probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, top_k, top_p, min_p, in this order; equals at a threshold all stay. [vocab] to [vocab]."""
+    scores = (logits - logits.max()) / sampling.temperature
+    if 0 < sampling.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -torch.inf)
+    probabilities = scores.softmax(-1)
+    if sampling.top_p < 1:
+        # rarer tokens have less mass than 1 - top_p between them: they are never kept, and need no sorting
+        candidates = probabilities[probabilities >= (1 - sampling.top_p) / len(probabilities)]
+        ranked = candidates.sort(descending=True).values
+        mass_before = ranked.cumsum(-1) - ranked
+        num_kept = int((mass_before < sampling.top_p).sum().clamp(min=1))
+        probabilities = probabilities.masked_fill(probabilities < ranked[num_kept - 1], 0)
+    if sampling.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0)
+    return probabilities
+
+
+def _draw(probabilities: Tensor, seed: int, position: int) -> int:
+    """The number has 32 bits, so that its product with the total stays below the total."""
+    key = (seed % 2**64).to_bytes(8, "little") + position.to_bytes(8, "little")
+    number = int.from_bytes(blake2b(key, digest_size=4).digest(), "little") / 2**32
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    return int(torch.searchsorted(cumulative, cumulative[-1] * number, right=True))
+
+
+def _with_logprobs(logits: Tensor, token: int, num_top: int | None) -> Sample:
+    if num_top is None:
+        return Sample(token, None, [])
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(num_top, len(logprobs)))
+    top = [TokenLogprob(*pair) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+    return Sample(token, float(logprobs[token]), top)
