@@ -1,8 +1,8 @@
 """Logits to tokens.
 
 A draw depends on the seed, the token's position and the distribution alone: one number in [0, 1), hashed from
-seed and position, is looked up in the cumulative distribution in vocabulary order. So the same request gives the
-same tokens in any batch, on any rank and after any retraction, up to rounding of its logits at a boundary.
+seed and position, is looked up in the cumulative distribution in vocabulary order. So the same request gives
+the same tokens in any batch, on any rank and after any retraction, up to rounding of its logits.
 """
 
 from __future__ import annotations
