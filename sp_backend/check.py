@@ -1,0 +1,246 @@
+"""Proves a plan without running it. Pure: no torch.
+
+Proven: operands are on a rank when used; every visible (query chunk, KV chunk, slice, head) is folded exactly
+once into the state that ends where the layout wants it, under the right mask; nothing is delivered twice or
+in vain; no state is left behind. A ragged sample, expanded to token positions, is counted pair by pair as
+well.
+
+Deadlock: a transfer names both its ends and both ends post in plan order, so links match. A rank posts a
+round's receives before anything that can block, and what it then waits for was posted in this round or an
+earlier one. So some rank in the earliest unfinished round can always go on, even if every send waits for its
+receiver.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import lcm
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sp_backend.layout import CAUSAL, EMPTY, KV, STATE, Block, Heads, Layout, Q
+from sp_backend.plan import Attend, Plan, Transfer
+
+WHOLE = (0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """`errors` is empty when the plan is proven. Peaks count received blocks held at once on the busiest
+    rank.
+    """
+
+    errors: tuple[str, ...]
+    peak_q_blocks: int
+    peak_kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """One attend's share of a state."""
+
+    heads: Heads
+    kv: Block
+    causal: bool
+
+
+@dataclass(slots=True)
+class _Replay:
+    """What every rank holds while a plan is replayed on symbols."""
+
+    layout: Layout
+    errors: list[str] = field(default_factory=list)
+    held: dict[tuple[int, str, int], list[Block]] = field(default_factory=lambda: defaultdict(list))
+    slots: dict[tuple[int, int], list[_Fold]] = field(default_factory=lambda: defaultdict(list))
+    arrived: dict[tuple[int, Block], int] = field(default_factory=dict)  # (rank, received block) -> round
+    last_use: dict[tuple[int, Block], int] = field(default_factory=dict)
+
+    def use(self, rank: int, block: Block, when: int) -> bool:
+        """Note a use of a held block; False if no held block contains it."""
+        for b in self.held[rank, block.operand, block.chunk]:
+            if b.holds(block):
+                self.last_use[rank, b] = when
+                return True
+        return False
+
+
+def check(plan: Plan) -> Report:
+    replay = _Replay(plan.layout)
+    for block, rank in plan.layout.start():
+        replay.held[rank, block.operand, block.chunk].append(block)
+    for when, r in enumerate(plan.rounds):
+        blocks, states = _transfers(replay, r.transfers, when)
+        for a in r.attends:
+            _attend(replay, a, when)
+        for rank, block in blocks:
+            replay.held[rank, block.operand, block.chunk].append(block)
+            replay.arrived.setdefault((rank, block), when)
+        for rank, chunk, folds in states:
+            replay.slots[rank, chunk] += folds
+    sample = _Sample(plan.layout)
+    for block, rank in plan.layout.finish():
+        folds = replay.slots.pop((rank, block.chunk), [])
+        replay.errors += _coverage(plan.layout, block, folds)
+        replay.errors += sample.count(block, folds)
+    replay.errors += [
+        f"state left behind: q{c} on rank {r}" for (r, c), folds in replay.slots.items() if folds
+    ]
+    unused = [key for key in replay.arrived if key not in replay.last_use]
+    replay.errors += [f"delivered in vain: {block} to rank {rank}" for rank, block in unused]
+    return Report(tuple(replay.errors), _peak(replay, plan, Q), _peak(replay, plan, KV))
+
+
+def _malformed(layout: Layout, block: Block) -> str | None:
+    lo, hi = block.heads
+    i, n = block.piece
+    chunks = layout.num_chunks if block.operand == KV else layout.num_new
+    if block.operand not in (Q, KV, STATE) or not 0 <= block.chunk < chunks:
+        return "no such chunk"
+    if not 0 <= lo < hi <= layout.num_heads:
+        return "no such heads"
+    if not 0 <= i < n:
+        return "no such piece"
+    return "only KV is cut into pieces" if block.operand != KV and block.piece != WHOLE else None
+
+
+_Arrivals = tuple[list[tuple[int, Block]], list[tuple[int, int, list[_Fold]]]]
+
+
+def _transfers(replay: _Replay, transfers: tuple[Transfer, ...], when: int) -> _Arrivals:
+    ranks = range(replay.layout.num_ranks)
+    blocks: list[tuple[int, Block]] = []
+    states: list[tuple[int, int, list[_Fold]]] = []
+    for t in transfers:
+        problem = _malformed(replay.layout, t.block)
+        if t.src == t.dst or t.src not in ranks or t.dst not in ranks:
+            problem = "bad link"
+        elif problem is None and t.block.operand == STATE:
+            taken, problem = _take_state(replay, t)
+            states.append((t.dst, t.block.chunk, taken))
+        elif problem is None:
+            there = replay.held[t.dst, t.block.operand, t.block.chunk]
+            coming = [b for rank, b in blocks if rank == t.dst]
+            if not replay.use(t.src, t.block, when):
+                problem = "not held"
+            elif any(b.overlaps(t.block) for b in (*there, *coming)):
+                problem = "already there"
+            blocks.append((t.dst, t.block))
+        if problem:
+            replay.errors.append(f"round {when}: {problem}: {t}")
+    return blocks, states
+
+
+def _take_state(replay: _Replay, t: Transfer) -> tuple[list[_Fold], str | None]:
+    """Remove from the sender's slot what the transfer carries away."""
+    lo, hi = t.block.heads
+    slot = replay.slots[t.src, t.block.chunk]
+    taken = [f for f in slot if lo < f.heads[1] and f.heads[0] < hi]
+    replay.slots[t.src, t.block.chunk] = [f for f in slot if f not in taken]
+    if not taken:
+        return taken, "empty state sent"
+    cut = any(f.heads[0] < lo or f.heads[1] > hi for f in taken)
+    return taken, "state cut across heads" if cut else None
+
+
+def _attend(replay: _Replay, a: Attend, when: int) -> None:
+    layout, problem = replay.layout, None
+    if (
+        a.rank not in range(layout.num_ranks)
+        or (a.q.operand, a.kv.operand) != (Q, KV)
+        or a.q.heads != a.kv.heads
+    ):
+        problem = "malformed"
+    else:
+        problem = _malformed(layout, a.q) or _malformed(layout, a.kv)
+    if problem is None:
+        if not all([replay.use(a.rank, a.q, when), replay.use(a.rank, a.kv, when)]):
+            problem = "not held"
+        elif a.mask == EMPTY or a.mask != layout.mask(a.q.chunk, a.kv.chunk):
+            problem = "wrong mask"
+        elif a.mask == CAUSAL and a.kv.piece != WHOLE:
+            problem = "causal mask on a piece"
+        replay.slots[a.rank, a.q.chunk].append(_Fold(a.q.heads, a.kv, a.mask == CAUSAL))
+    if problem:
+        replay.errors.append(f"round {when}: {problem}: {a}")
+
+
+def _coverage(layout: Layout, state: Block, folds: list[_Fold]) -> Iterator[str]:
+    """Every visible KV chunk, each of its slices, for each head of the state, exactly once."""
+    by_chunk: dict[int, list[_Fold]] = defaultdict(list)
+    for f in folds:
+        by_chunk[f.kv.chunk].append(f)
+    visible = {c for c in range(layout.num_chunks) if layout.mask(state.chunk, c) != EMPTY}
+    for c in sorted(set(by_chunk) - visible):
+        yield f"{state} sees invisible kv{c}"
+    for c in sorted(visible):
+        found = by_chunk[c]
+        if len(found) == 1 and found[0].heads == state.heads and found[0].kv.piece == WHOLE:
+            continue
+        slices = lcm(*(f.kv.piece[1] for f in found))
+        times = np.zeros((layout.num_heads, slices), int)
+        for f in found:
+            i, n = f.kv.piece
+            times[slice(*f.heads), slices * i // n : slices * (i + 1) // n] += 1
+        times[slice(*state.heads)] -= 1
+        if times.any():
+            h, s = (int(x[0]) for x in times.nonzero())
+            wrong = "missing" if times[h, s] < 0 else "too often"
+            yield f"{state}: head {h} of kv{c}, slice {s}/{slices}, {wrong}"
+
+
+class _Sample:
+    """Ragged sequences laid out by the layout's own cut, to count (query token, key token) pairs."""
+
+    def __init__(self, layout: Layout, page_size: int = 2) -> None:
+        self.layout = layout
+        self.positions: list[list[NDArray[np.int64]]] = []  # [sequence][chunk] -> absolute positions
+        long = page_size * (2 * layout.num_new + 1) + 1
+        cases = [(long, long + 3), (3, 0)] if layout.kind != "home" else [(3, 9), (1, 5)]
+        for i, (num_new, num_old) in enumerate(cases):
+            self.positions.append(self._lay_out(i, num_new, num_old, page_size))
+
+    def _lay_out(self, index: int, num_new: int, num_old: int, page_size: int) -> list[NDArray[np.int64]]:
+        lay, home = self.layout, (index * (self.layout.num_ranks - 1))
+        old = np.arange(0 if lay.history == "none" else num_old)
+        new = len(old) + np.arange(num_new)
+        if lay.kind == "home":
+            chunks = [new if c == home else new[:0] for c in range(lay.num_new)]
+        else:
+            cuts = np.cumsum(lay.cut_pages(num_new, page_size))
+            chunks = np.split(new, cuts[:-1])
+        if lay.history == "all":
+            chunks += [old[(old // page_size + index) % lay.num_ranks == r] for r in range(lay.num_ranks)]
+        elif lay.history == "own":
+            chunks += [old if r == home else old[:0] for r in range(lay.num_ranks)]
+        return chunks
+
+    def count(self, state: Block, folds: list[_Fold]) -> Iterator[str]:
+        """Each visible pair of tokens is seen once by every head of the state."""
+        cuts = sorted({*state.heads, *(x for f in folds for x in f.heads)})
+        for index, chunks in enumerate(self.positions):
+            q, k = chunks[state.chunk], np.concatenate(chunks)
+            if not len(q):
+                continue
+            ends = np.cumsum([len(c) for c in chunks])
+            want = k <= q[:, None] if self.layout.causal else np.ones((len(q), len(k)), bool)
+            for lo, hi in zip(cuts, cuts[1:], strict=False):
+                seen = np.zeros((len(q), len(k)), int)
+                for f in folds:
+                    if f.heads[0] <= lo and hi <= f.heads[1]:
+                        rows, (i, n) = len(chunks[f.kv.chunk]), f.kv.piece
+                        first = ends[f.kv.chunk] - rows
+                        part = seen[:, first + rows * i // n : first + rows * (i + 1) // n]
+                        part += np.tri(*part.shape, dtype=np.int64) if f.causal else 1
+                if (seen != want).any():
+                    yield f"{state} heads {lo}:{hi}: a pair of tokens of sample {index} is not seen once"
+
+
+def _peak(replay: _Replay, plan: Plan, operand: str) -> int:
+    alive = np.zeros((plan.layout.num_ranks, len(plan.rounds) + 2), int)
+    for (rank, block), since in replay.arrived.items():
+        if block.operand == operand:
+            alive[rank, since : replay.last_use.get((rank, block), since) + 1] += 1
+    return int(alive.max())

@@ -1,0 +1,286 @@
+"""Runs one rank's side of a plan: any plan, any transport, any kernel.
+
+A round posts its receives, then its sends, then attends. What arrives is waited for once, at its first use;
+an arriving state is folded after the attends of the round that follows, or before its slot is sent on. A
+message's memory returns to the pool one round after its last block died, when what was sent from it has left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sp_backend.buffers import BufferPool, as_bytes, join_rows
+from sp_backend.geometry import Geometry
+from sp_backend.kernels import Kernel
+from sp_backend.layout import KV, STATE, Block, Heads, Q
+from sp_backend.plan import Plan
+from sp_backend.program import compile_rank
+from sp_backend.schedule import Envelope, KernelCall, Schedule, ScheduleBuilder, Section, Slice
+from sp_backend.state import AttentionState
+from sp_backend.transport import Message, Pending, Transport
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the executor was made."""
+
+    bytes_sent: int = 0
+    wait_seconds: float = 0.0
+    query_key_pairs: float = 0.0
+    kernel_calls: int = 0
+
+
+class Executor:
+    """One per plan and rank. `schedule` once a step (and window), `run` once a layer."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        kernel: Kernel,
+        transport: Transport,
+        *,
+        head_dim: int,
+        dtype: torch.dtype,
+        scale: float | None = None,
+        device: torch.device | str = "cpu",
+        pool: BufferPool | None = None,
+    ) -> None:
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even, not {head_dim}")
+        assert (transport.rank, transport.size) == (rank, plan.layout.num_ranks), "transport of another group"
+        self.plan, self.rank, self.transport = plan, rank, transport
+        self.head_dim, self.dtype, self.device = head_dim, dtype, torch.device(device)
+        self.program = compile_rank(plan, rank)
+        self.pool = pool or BufferPool(device)
+        self.counters = Counters()
+        self._builder = ScheduleBuilder(
+            plan=plan,
+            program=self.program,
+            rank=rank,
+            kernel=kernel,
+            head_dim=head_dim,
+            itemsize=dtype.itemsize,
+            scale=head_dim**-0.5 if scale is None else scale,
+            device=self.device,
+        )
+
+    def schedule(self, geometry: Geometry, window: int | None = None) -> Schedule:
+        return self._builder.build(geometry, window)
+
+    def run(
+        self, schedule: Schedule, q: Mapping[int, Tensor], kv: Mapping[int, Tensor]
+    ) -> dict[int, AttentionState]:
+        """The state of every query chunk that ends on this rank.
+
+        q: chunk -> [rows, heads, head_dim]; kv: chunk -> [rows, 2, kv_heads, head_dim], both in the model's
+        dtype, a chunk's rows being its sequences', one after the other. Empty chunks may be absent. In layout
+        heads, q has this rank's heads only. Neither may be written to before this returns.
+        """
+        run = Run(self, schedule, q, kv)
+        for i in range(len(schedule.rounds)):
+            run.round(i)
+        return run.finish()
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """A message on its way, waited for at the first use of one of its blocks."""
+
+    buffer: Tensor
+    pending: Pending
+    live: int  # blocks that are still to be read
+    done: bool = False
+
+
+@dataclass(slots=True)
+class _ArrivingState:
+    block: Block
+    state: AttentionState
+    arrival: _Arrival
+
+
+@dataclass(slots=True)
+class _Sending:
+    """What a round sends, and the buffers that are free once all of it has left."""
+
+    pending: list[Pending] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
+
+
+class Run:
+    """One layer on one rank: round(0), round(1), ..., then finish(). In lockstep the ranks take turns by
+    round.
+    """
+
+    def __init__(
+        self, executor: Executor, schedule: Schedule, q: Mapping[int, Tensor], kv: Mapping[int, Tensor]
+    ) -> None:
+        self._executor, self._schedule = executor, schedule
+        self._held: dict[Block, Tensor] = {}
+        for block, rank in executor.plan.layout.start():
+            tensor = (q if block.operand == Q else kv).get(block.chunk)
+            if rank == executor.rank and tensor is not None:
+                assert tensor.dtype == executor.dtype, f"{block} is {tensor.dtype}, not {executor.dtype}"
+                self._held[block] = tensor
+        self._arrivals: dict[Block, _Arrival] = {}
+        self._arriving: list[_ArrivingState] = []
+        self._slots: dict[tuple[int, Heads], AttentionState] = {}
+        self._sending = _Sending()
+
+    def round(self, index: int) -> None:
+        r, pool = self._schedule.rounds[index], self._executor.pool
+        before, self._sending = self._sending, _Sending()
+        receives = [Message(e.peer, pool.take(e.num_bytes)) for e in r.receives]
+        pending, self._sending.pending = self._executor.transport.exchange(receives, self._messages(r.sends))
+        usable, self._arriving = self._arriving, []
+        for envelope, message, p in zip(r.receives, receives, pending, strict=True):
+            self._expect(envelope, _Arrival(message.data, p, len(envelope.sections)))
+        for call in r.calls:
+            self._attend(call)
+        for arriving in usable:
+            self._fold_arrived(arriving)
+        for block in r.dead:
+            if (arrival := self._arrivals.pop(block, None)) is not None:
+                del self._held[block]
+                self._release(arrival)
+        self._settle(before)
+
+    def finish(self) -> dict[int, AttentionState]:
+        for arriving in self._arriving:
+            self._fold_arrived(arriving)
+        self._settle(self._sending)
+        counters = self._executor.counters
+        counters.query_key_pairs += self._schedule.query_key_pairs
+        return {b.chunk: self._state(b.chunk, b.heads) for b in self._executor.program.finish}
+
+    def _expect(self, envelope: Envelope, arrival: _Arrival) -> None:
+        """Note the blocks of a message that was asked for."""
+        for section in envelope.sections:
+            block = section.use.block
+            if block.operand == STATE:
+                state = self._state_view(arrival.buffer, section)
+                self._arriving.append(_ArrivingState(block, state, arrival))
+            else:
+                self._held[block] = self._view(arrival.buffer, section)
+                self._arrivals[block] = arrival
+
+    def _messages(self, envelopes: Sequence[Envelope]) -> Iterator[Message]:
+        for envelope in envelopes:
+            self._executor.counters.bytes_sent += envelope.num_bytes
+            yield Message(envelope.peer, self._pack(envelope))
+
+    def _pack(self, envelope: Envelope) -> Tensor:
+        sections, slices = envelope.sections, self._schedule.slices
+        if all(s.use.block.operand != STATE for s in sections):
+            whole = as_bytes([self._read(slices[s.use]) for s in sections])
+            if whole is not None:
+                return whole
+        buffer = self._executor.pool.take(envelope.num_bytes)
+        for section in sections:
+            if section.use.block.operand == STATE:
+                self._move_state(section, self._state_view(buffer, section))
+            else:
+                self._view(buffer, section).copy_(self._read(slices[section.use]))
+        self._sending.buffers.append(buffer)
+        return buffer
+
+    def _view(self, buffer: Tensor, section: Section) -> Tensor:
+        block, head_dim = section.use.block, self._executor.head_dim
+        data = buffer[section.first : section.last].view(self._executor.dtype)
+        if block.operand == KV:
+            return data.view(section.rows, 2, -1, head_dim)
+        return data.view(section.rows, -1, head_dim)
+
+    def _state_view(self, buffer: Tensor, section: Section) -> AttentionState:
+        """Out in the model's dtype, then lse in fp32."""
+        block = section.use.block
+        heads = block.heads[1] - block.heads[0]
+        middle = section.last - section.rows * heads * 4
+        out = buffer[section.first : middle].view(self._executor.dtype)
+        lse = buffer[middle : section.last].view(torch.float32)
+        return AttentionState(out.view(section.rows, heads, -1), lse.view(section.rows, heads))
+
+    def _read(self, part: Slice) -> Tensor:
+        if (arrival := self._arrivals.get(part.held)) is not None:
+            self._wait(arrival)
+        tensor = self._held[part.held]
+        if part.heads is not None:
+            tensor = tensor[..., part.heads[0] : part.heads[1], :]
+        if part.rows is not None:
+            tensor = join_rows([tensor[lo:hi] for lo, hi in part.rows if hi > lo])
+        return tensor
+
+    def _attend(self, call: KernelCall) -> None:
+        q = join_rows([self._read(part.slice) for part in call.qs])
+        state = call.attend(q, self._read(call.kv))
+        self._executor.counters.kernel_calls += 1
+        for part in call.qs:
+            self._fold(part.block, state.rows(part.first, part.last))
+
+    def _fold(self, block: Block, state: AttentionState) -> None:
+        """Merge a result into its slot; an empty slot that it fills keeps its memory."""
+        heads = self._executor.program.slots[block.chunk, block.heads]
+        if (block.chunk, heads) not in self._slots and heads == block.heads:
+            self._slots[block.chunk, heads] = state
+        else:
+            self._state(block.chunk, block.heads).merge_(state)
+
+    def _fold_arrived(self, arriving: _ArrivingState) -> None:
+        self._wait(arriving.arrival)
+        out = arriving.state.out.to(torch.float32, copy=True)
+        self._fold(arriving.block, AttentionState(out, arriving.state.lse.clone()))
+        self._release(arriving.arrival)
+
+    def _state(self, chunk: int, heads: Heads) -> AttentionState:
+        """A view of some heads of a slot, made if nothing is in it."""
+        lo, hi = self._executor.program.slots[chunk, heads]
+        if (chunk, (lo, hi)) not in self._slots:
+            rows, ex = self._schedule.rows[chunk], self._executor
+            self._slots[chunk, (lo, hi)] = AttentionState.empty(rows, hi - lo, ex.head_dim, ex.device)
+        slot = self._slots[chunk, (lo, hi)]
+        return slot if heads == (lo, hi) else slot.heads(heads[0] - lo, heads[1] - lo)
+
+    def _move_state(self, section: Section, target: AttentionState) -> None:
+        """Write a state into a message and empty its slot."""
+        block = section.use.block
+        for arriving in [a for a in self._arriving if a.block.chunk == block.chunk]:
+            self._fold_arrived(arriving)
+            self._arriving.remove(arriving)
+        state = self._state(block.chunk, block.heads)
+        target.out.copy_(state.out)
+        target.lse.copy_(state.lse)
+        heads = self._executor.program.slots[block.chunk, block.heads]
+        if heads == block.heads:
+            del self._slots[block.chunk, heads]
+        else:
+            state.out.zero_()
+            state.lse.fill_(-torch.inf)
+
+    def _release(self, arrival: _Arrival) -> None:
+        """One of a message's blocks will not be read again."""
+        arrival.live -= 1
+        if arrival.live == 0:
+            self._wait(arrival)  # its calls may all have been empty
+            self._sending.buffers.append(arrival.buffer)
+
+    def _wait(self, arrival: _Arrival) -> None:
+        if not arrival.done:
+            arrival.done = True
+            self._timed(arrival.pending)
+
+    def _settle(self, sending: _Sending) -> None:
+        for pending in sending.pending:
+            self._timed(pending)
+        for buffer in sending.buffers:
+            self._executor.pool.give(buffer)
+
+    def _timed(self, pending: Pending) -> None:
+        since = time.perf_counter()
+        pending.wait()
+        self._executor.counters.wait_seconds += time.perf_counter() - since

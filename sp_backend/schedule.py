@@ -1,0 +1,181 @@
+"""A rank's program with the sizes of one step filled in: byte counts, shapes, kernel work. Made once a step.
+
+Empty blocks are left out here, on both ends alike, since every rank derives the same geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sp_backend.geometry import Geometry, Positions, block_bytes, query_key_pairs
+from sp_backend.kernels import Attention, HeadMap, Kernel, Span, Work
+from sp_backend.layout import KV, Block, Layout
+from sp_backend.plan import Plan
+from sp_backend.program import Call, Program, Use
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A block's place in a message."""
+
+    use: Use
+    rows: int
+    first: int  # byte
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    peer: int
+    num_bytes: int
+    sections: tuple[Section, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """How to cut a block out of the held block that contains it."""
+
+    held: Block
+    heads: tuple[int, int] | None  # of the held tensor's head axis; None: all
+    rows: tuple[tuple[int, int], ...] | None  # None: all
+
+
+@dataclass(frozen=True, slots=True)
+class CallPart:
+    """A query block and its rows in a call."""
+
+    block: Block
+    slice: Slice
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """Attends the rows of several query chunks, one below the other."""
+
+    qs: tuple[CallPart, ...]
+    kv: Slice
+    attend: Attention
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRound:
+    receives: tuple[Envelope, ...]
+    sends: tuple[Envelope, ...]
+    calls: tuple[KernelCall, ...]
+    dead: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    rounds: tuple[ScheduledRound, ...]
+    rows: dict[int, int]  # query chunk -> rows
+    slices: dict[Use, Slice]
+    query_key_pairs: float  # of this rank, for one layer
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleBuilder:
+    """What does not change from step to step."""
+
+    plan: Plan
+    program: Program
+    rank: int
+    kernel: Kernel
+    head_dim: int
+    itemsize: int
+    scale: float
+    device: torch.device
+
+    def build(self, geometry: Geometry, window: int | None) -> Schedule:
+        layout = self.plan.layout
+        if window is not None and not layout.causal:
+            raise ValueError("a sliding window needs causal attention")
+        slices: dict[Use, Slice] = {}
+        rounds = []
+        for r in self.program.rounds:
+            receives = [self._envelope(geometry, m.peer, [Use(b, b) for b in m.blocks]) for m in r.receives]
+            sends = [self._envelope(geometry, m.peer, m.uses) for m in r.sends]
+            calls = [self._call(geometry, window, c) for c in r.calls]
+            rounds.append(
+                ScheduledRound(
+                    tuple(e for e in receives if e.sections),
+                    tuple(e for e in sends if e.sections),
+                    tuple(c for c in calls if c is not None),
+                    r.dead,
+                )
+            )
+            slices |= {s.use: _slice(layout, geometry, s.use) for e in sends for s in e.sections}
+        rows = {c: sum(r[c] for r in geometry.rows) for c in range(layout.num_new)}
+        return Schedule(tuple(rounds), rows, slices, query_key_pairs(self.plan, geometry, self.rank))
+
+    def _envelope(self, geometry: Geometry, peer: int, uses: Sequence[Use]) -> Envelope:
+        rows = [(u, geometry.num_rows(u.block)) for u in uses]
+        rows = [(u, n) for u, n in rows if n]
+        sizes = [block_bytes(self.plan.layout, u.block, n, self.head_dim, self.itemsize) for u, n in rows]
+        ends = list(accumulate(sizes))
+        sections = (
+            Section(u, n, end - size, end) for (u, n), size, end in zip(rows, sizes, ends, strict=True)
+        )
+        return Envelope(peer, sum(sizes), tuple(sections))
+
+    def _call(self, geometry: Geometry, window: int | None, call: Call) -> KernelCall | None:
+        layout, kv = self.plan.layout, call.kv.block
+        k_spans = geometry.spans(kv)
+        spans: list[Span] = []
+        qs: list[CallPart] = []
+        first = 0
+        for use in call.qs:
+            q_spans = geometry.spans(use.block)
+            met = [
+                Span(first + q_lo, first + q_hi, k_lo, k_hi)
+                for (q_lo, q_hi), (k_lo, k_hi) in zip(q_spans, k_spans, strict=True)
+                if q_hi > q_lo and k_hi > k_lo
+            ]
+            if met:
+                last = first + q_spans[-1][1]
+                qs.append(CallPart(use.block, _slice(layout, geometry, use), first, last))
+                spans += met
+                first = last
+        if not spans:
+            return None
+        group = layout.num_heads // layout.num_kv_heads
+        work = Work(
+            spans=tuple(spans),
+            causal=call.causal if window is None else layout.causal,
+            heads=HeadMap(*kv.heads, group),
+            head_dim=self.head_dim,
+            scale=self.scale,
+            num_queries=first,
+            window=window,
+            q_positions=self._positions(geometry, [p.block for p in qs]) if window is not None else None,
+            k_positions=self._positions(geometry, [kv]) if window is not None else None,
+        )
+        return KernelCall(tuple(qs), _slice(layout, geometry, call.kv), self.kernel(work))
+
+    def _positions(self, geometry: Geometry, blocks: Sequence[Block]) -> Tensor:
+        parts: list[Positions] = [geometry.block_positions(b) for b in blocks]
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+
+
+def _slice(layout: Layout, geometry: Geometry, use: Use) -> Slice:
+    block, held = use.block, use.held
+    heads, base = block.heads, held.heads[0]
+    if block.operand == KV:
+        heads, base = layout.kv_heads(block.heads), layout.kv_heads(held.heads)[0]
+    rows = None
+    if block.piece != held.piece:
+        inner, outer, at = geometry.ranges(block), geometry.ranges(held), geometry.spans(held)
+        rows = tuple(
+            (lo - first + start, hi - first + start)
+            for (lo, hi), (first, _), (start, _) in zip(inner, outer, at, strict=True)
+        )
+    same = block.heads == held.heads
+    return Slice(held, None if same else (heads[0] - base, heads[1] - base), rows)

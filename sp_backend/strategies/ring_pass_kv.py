@@ -1,0 +1,38 @@
+"""Ring, KV moves: in round t a rank attends the KV of rank r+t (down) or r-t (up) and passes it on.
+
+Down, the 2nd rank of 4 (zigzag, no history; what prune left):
+    round 0  kv1,6>0   q1: kv1*  q6: kv1 kv6*
+    round 1  kv2,5>0   q6: kv2 kv5      q1 sees nothing of chunks 2 and 5
+    round 2  kv3>0     q6: kv3 kv4      chunk 4 lies behind every query of rank 0: dropped
+    round 3            q1: kv0  q6: kv0
+Downwards, the back half of a block is dropped where it wraps around to rank P-1: 3/4 of the bytes of the new
+tokens under zigzag. Upwards every block goes all the way round. History chunks are seen by all and save
+nothing.
+"""
+
+from __future__ import annotations
+
+from sp_backend.layout import KV, Block, Layout, Q
+from sp_backend.plan import Plan, Round, Transfer, visible
+
+
+def build_down(layout: Layout) -> Plan:
+    return _ring(layout, -1, "ring_pass_kv")
+
+
+def build_up(layout: Layout) -> Plan:
+    return _ring(layout, +1, "ring_pass_kv_up")
+
+
+def _ring(layout: Layout, step: int, name: str) -> Plan:
+    ranks, heads, rounds = layout.num_ranks, layout.all_heads, []
+    for t in range(ranks):
+        transfers, attends = [], []
+        for r in range(ranks):
+            q = [Block(Q, c, heads) for c in layout.q_of(r)]
+            kv = [Block(KV, c, heads) for c in layout.kv_of((r - step * t) % ranks)]
+            attends += visible(layout, r, q, kv)
+            if t < ranks - 1:
+                transfers += [Transfer(b, r, (r + step) % ranks) for b in kv]
+        rounds.append(Round(tuple(transfers), tuple(attends)))
+    return Plan(name, layout, tuple(rounds))

@@ -1,0 +1,26 @@
+"""Wraps a transport and counts the bytes it sends to each peer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from sp_backend.transport import Message, Pending, Transport
+
+
+class RecordingTransport:
+    def __init__(self, inner: Transport) -> None:
+        self._inner = inner
+        self.rank = inner.rank
+        self.size = inner.size
+        self.bytes: Counter[tuple[int, int]] = Counter()  # (src, dst) -> bytes sent
+
+    def exchange(
+        self, receives: Sequence[Message], sends: Iterable[Message]
+    ) -> tuple[list[Pending], list[Pending]]:
+        return self._inner.exchange(receives, self._counted(sends))
+
+    def _counted(self, sends: Iterable[Message]) -> Iterator[Message]:
+        for m in sends:
+            self.bytes[self.rank, m.peer] += m.data.nbytes
+            yield m
