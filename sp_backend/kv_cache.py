@@ -84,9 +84,7 @@ class KVCache:
         self._layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
     @staticmethod
-    def bytes_per_page(
-        *, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, itemsize: int
-    ) -> int:
+    def bytes_per_page(*, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
         return num_layers * page_size * 2 * num_kv_heads * head_dim * itemsize
 
     @property

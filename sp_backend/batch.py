@@ -1,0 +1,206 @@
+"""From the controller's `Step` to this rank's rows: which tokens, in what order, at which cache rows.
+
+A rank's hidden states lie group by group, inside a group chunk by chunk (those it holds queries of, ascending),
+inside a chunk sequence by sequence: so every chunk is one slice, and so is all that the rank projects keys for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sp_backend.commands import Group, Sampling, SequenceStep, Step
+from sp_backend.geometry import Geometry
+from sp_backend.kv_cache import Ints, PageTable, Rows
+from sp_backend.layout import Layout
+
+NO_INTS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRows:
+    """One group's part of this rank's rows."""
+
+    plan: str
+    geometry: Geometry
+    q_rows: dict[int, slice]  # query chunk -> rows of the hidden states
+    kv_rows: dict[int, slice]  # new-token chunk -> rows of the keys projected in this step
+    own_rows: slice  # those of them that this rank keeps in its cache ...
+    own_slots: Rows  # ... and where
+    history_chunk: int
+    history: Rows  # cache rows of this rank's history, sequence by sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """A hidden state from which a token is to be drawn. position: that token's."""
+
+    request_id: int
+    row: int
+    position: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class LocalBatch:
+    tokens: torch.Tensor  # [n] int64
+    positions: torch.Tensor  # [n] int64
+    kv_rows: slice  # hidden states whose keys and values this rank projects
+    groups: list[GroupRows]
+    samples: list[SampleRow]
+
+
+class BatchBuilder:
+    """Keeps the page tables of live requests and lays out each step."""
+
+    def __init__(
+        self,
+        *,
+        layouts: Mapping[str, Layout],
+        sp_rank: int,
+        page_size: int,
+        windowed: bool,
+        device: torch.device,
+    ) -> None:
+        self._layouts = layouts
+        self._sp_rank = sp_rank
+        self._page_size = page_size
+        self._windowed = windowed
+        self._device = device
+        self._tables: dict[int, PageTable] = {}
+
+    @property
+    def pages_held(self) -> int:
+        """Pages in live requests' tables; one that several requests share counts for each."""
+        return sum(table.num_own_pages for table in self._tables.values())
+
+    def build(self, step: Step) -> LocalBatch:
+        for request_id in step.release:
+            self._tables.pop(request_id, None)
+        groups: list[GroupRows] = []
+        samples: list[SampleRow] = []
+        tokens, positions = [NO_INTS], [NO_INTS]
+        num_rows = 0
+        for group in step.groups:
+            laid, group_tokens, group_positions = self._lay_out(group, num_rows)
+            groups.append(laid)
+            samples += self._samples(group, laid)
+            tokens += group_tokens
+            positions += group_positions
+            num_rows += sum(map(len, group_tokens))
+        return LocalBatch(
+            tokens=self._tensor(np.concatenate(tokens)),
+            positions=self._tensor(np.concatenate(positions)),
+            kv_rows=self._projected(groups, num_rows),
+            groups=groups,
+            samples=samples,
+        )
+
+    def _lay_out(self, group: Group, first_row: int) -> tuple[GroupRows, list[Ints], list[Ints]]:
+        layout = self._layouts[group.plan]
+        new = [self._new_rows(layout, sequence) for sequence in group.sequences]  # [sequence][chunk]
+        tables = [self._table(sequence) for sequence in group.sequences]
+        ids = [np.frombuffer(sequence.tokens, "<i4").astype(np.int64) for sequence in group.sequences]
+        tokens, positions, q_rows = [], [], {}
+        taken = [0] * len(group.sequences)
+        row = first_row
+        for chunk in layout.q_of(self._sp_rank):
+            begin = row
+            for i, sequence in enumerate(group.sequences):
+                n, at = new[i][chunk], sequence.start + sum(new[i][:chunk])
+                tokens.append(ids[i][taken[i] : taken[i] + n])
+                positions.append(np.arange(at, at + n))
+                taken[i] += n
+                row += n
+            q_rows[chunk] = slice(begin, row)
+        assert taken == [len(own) for own in ids], "tokens sent are the tokens of this rank's chunks"
+
+        own_chunks = [c for c in layout.kv_of(self._sp_rank) if c < layout.num_new and layout.owner(c) == self._sp_rank]
+        own = slice(
+            min((q_rows[c].start for c in own_chunks), default=first_row),
+            max((q_rows[c].stop for c in own_chunks), default=first_row),
+        )
+        if layout.kind == "heads" and not layout.redundant_kv:  # keys are projected for own chunks only
+            kv_rows = {c: slice(q_rows[c].start - own.start, q_rows[c].stop - own.start) for c in own_chunks}
+            own_kv = slice(0, own.stop - own.start)
+        else:
+            kv_rows, own_kv = dict(q_rows), own
+        history = [table.slots(0, sequence.start) for table, sequence in zip(tables, group.sequences, strict=True)]
+        own_slots = [
+            table.slots(at, at + rows[chunk])
+            for chunk in own_chunks
+            for table, sequence, rows in zip(tables, group.sequences, new, strict=True)
+            for at in [sequence.start + sum(rows[:chunk])]
+        ]
+        laid = GroupRows(
+            plan=group.plan,
+            geometry=self._geometry(layout, group.sequences, tables, new),
+            q_rows=q_rows,
+            kv_rows=kv_rows,
+            own_rows=own_kv,
+            own_slots=Rows(np.concatenate([NO_INTS, *own_slots]), self._device),
+            history_chunk=layout.history_of(self._sp_rank),
+            history=Rows(np.concatenate([NO_INTS, *history]), self._device),
+        )
+        return laid, tokens, positions
+
+    def _table(self, sequence: SequenceStep) -> PageTable:
+        table = self._tables.get(sequence.request_id)
+        if table is None:
+            table = self._tables[sequence.request_id] = PageTable(self._sp_rank, self._page_size)
+        table.append(sequence.page_owners, sequence.pages)
+        return table
+
+    def _new_rows(self, layout: Layout, sequence: SequenceStep) -> tuple[int, ...]:
+        if sequence.home < 0:
+            return layout.cut_pages(sequence.num_new, self._page_size)
+        return tuple(sequence.num_new if chunk == sequence.home else 0 for chunk in range(layout.num_new))
+
+    def _geometry(
+        self,
+        layout: Layout,
+        sequences: list[SequenceStep],
+        tables: list[PageTable],
+        new: list[tuple[int, ...]],
+    ) -> Geometry:
+        rows = [
+            (*counts, *table.history_rows(sequence.start, layout.num_ranks))
+            for sequence, table, counts in zip(sequences, tables, new, strict=True)
+        ]
+        if not self._windowed:
+            return Geometry(tuple(rows))
+        positions = [
+            [
+                *(np.arange(n) + sequence.start + sum(counts[:chunk]) for chunk, n in enumerate(counts)),
+                *(table.history_positions(sequence.start, rank) for rank in range(layout.num_ranks)),
+            ]
+            for sequence, table, counts in zip(sequences, tables, new, strict=True)
+        ]
+        return Geometry(tuple(rows), positions)
+
+    def _projected(self, groups: list[GroupRows], num_rows: int) -> slice:
+        layouts = [self._layouts[group.plan] for group in groups]
+        if not any(layout.kind == "heads" and not layout.redundant_kv for layout in layouts):
+            return slice(0, num_rows)
+        assert len(groups) == 1, "layout heads runs one group a step"
+        return groups[0].q_rows[self._sp_rank]
+
+    def _samples(self, group: Group, laid: GroupRows) -> list[SampleRow]:
+        """Sequences whose last new token is among this rank's rows."""
+        found = []
+        for i, sequence in enumerate(group.sequences):
+            if sequence.sampling is None:
+                continue
+            rows = laid.geometry.rows
+            chunk = max(c for c in range(self._layouts[group.plan].num_new) if rows[i][c])
+            if chunk in laid.q_rows:
+                row = laid.q_rows[chunk].start + sum(rows[j][chunk] for j in range(i + 1)) - 1
+                position = sequence.start + sequence.num_new
+                found.append(SampleRow(sequence.request_id, row, position, sequence.sampling))
+        return found
+
+    def _tensor(self, values: Ints) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)

@@ -1,0 +1,246 @@
+"""A worker process: build the model and the plans once, then command -> result until told to stop.
+
+Started by the controller as `python -m sp_backend.worker`, with a `WorkerStart` (msgpack) on standard input.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import zmq
+
+from sp_backend.batch import BatchBuilder, LocalBatch
+from sp_backend.commands import (
+    Failure,
+    Ready,
+    Report,
+    SampledToken,
+    Shutdown,
+    Step,
+    StepResult,
+    WorkerStart,
+    decode_command,
+    decode_start,
+    encode,
+)
+from sp_backend.config import BackendConfig
+from sp_backend.execute import Executor
+from sp_backend.kernels import get_kernel
+from sp_backend.kv_cache import KVCache
+from sp_backend.layer import StepAttention
+from sp_backend.models.config import ModelConfig
+from sp_backend.models.decoder import Decoder
+from sp_backend.parallel import Collectives, NoCollectives, Shard
+from sp_backend.plan import Plan
+from sp_backend.sampling import sample
+from sp_backend.strategies import plan_for
+from sp_backend.transport.collectives import GroupCollectives
+from sp_backend.transport.gloo import GlooTransport
+
+logger = logging.getLogger(__name__)
+
+
+def plans_of(config: BackendConfig, model: ModelConfig) -> dict[str, Plan]:
+    """Every plan that a step may name, built and proved."""
+    sizes = {
+        "num_ranks": config.sp_size,
+        "num_heads": model.num_heads // config.tp_size,
+        "num_kv_heads": model.num_kv_heads // config.tp_size,
+    }
+    heads = config.layout == "heads"
+    return {
+        config.strategy: plan_for(config.strategy, redundant_kv=config.redundant_kv, **sizes),
+        "decode": plan_for("decode", kind="heads" if heads else "home", **sizes),
+        "local": plan_for("local", **sizes),
+    }
+
+
+class Worker:
+    """One rank: its part of the weights, its pages, its side of every plan."""
+
+    def __init__(self, config: BackendConfig, rank: int) -> None:
+        began = time.monotonic()
+        self._config = config
+        self._rank = rank
+        device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+        model = ModelConfig.load(config.model_path)
+        shard = Shard.of_rank(rank, config.tp_size, config.sp_size, config.layout)
+        self._shard = shard
+        self._plans = plans_of(config, model)
+        transport = GlooTransport.create(config.world_size, config.sp_size, rank, config.dist_timeout)
+        self._decoder = Decoder(model, shard, dtype, device, self._collectives())
+        if config.load_format == "dummy":
+            self._decoder.fill_dummy(config.seed)
+        else:
+            self._decoder.load(config.model_path, progress=rank == 0 and sys.stderr.isatty())
+        self._num_pages = self._page_budget(model, dtype)
+        self._cache = KVCache(
+            num_layers=model.num_layers,
+            num_pages=self._num_pages,
+            page_size=config.page_size,
+            num_kv_heads=self._decoder.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self._builder = BatchBuilder(
+            layouts={name: plan.layout for name, plan in self._plans.items()},
+            sp_rank=shard.sp_rank,
+            page_size=config.page_size,
+            windowed=any(model.windows),
+            device=device,
+        )
+        self._executors = {
+            name: Executor(
+                plan,
+                shard.sp_rank,
+                get_kernel(config.kernel),
+                transport,
+                head_dim=model.head_dim,
+                dtype=dtype,
+                device=device,
+            )
+            for name, plan in self._plans.items()
+        }
+        self._load_seconds = time.monotonic() - began
+
+    def ready(self) -> Ready:
+        return Ready(
+            rank=self._rank,
+            num_pages=self._num_pages,
+            page_size=self._config.page_size,
+            plan_digests={name: plan.digest for name, plan in self._plans.items()},
+            load_seconds=self._load_seconds,
+            weight_bytes=self._decoder.weight_bytes,
+            kv_bytes=self._cache.nbytes,
+        )
+
+    @torch.inference_mode()
+    def step(self, step: Step) -> StepResult:
+        began = time.monotonic()
+        batch, hidden = self.forward(step)
+        tokens = self._sample(batch, hidden)
+        counters = [executor.counters for executor in self._executors.values()]
+        return StepResult(
+            step_id=step.step_id,
+            rank=self._rank,
+            tokens=tokens,
+            seconds=time.monotonic() - began,
+            query_key_pairs=round(sum(c.query_key_pairs for c in counters) / self._decoder.config.num_layers),
+            bytes_sent=sum(c.bytes_sent for c in counters),
+            wait_seconds=sum(c.wait_seconds for c in counters),
+            pages_held=self._builder.pages_held,
+        )
+
+    @torch.inference_mode()
+    def forward(self, step: Step) -> tuple[LocalBatch, torch.Tensor]:
+        """Lay the step out and run the model: this rank's rows and their hidden states [n, hidden]."""
+        batch = self._builder.build(step)
+        attention = StepAttention(batch, self._cache, self._executors, self._decoder.config.windows)
+        return batch, self._decoder.forward(batch.tokens, batch.positions, attention)
+
+    def _sample(self, batch: LocalBatch, hidden: torch.Tensor) -> list[SampledToken]:
+        """Ranks that share a vocabulary compute logits together; the first of them draws."""
+        if not batch.samples:
+            return []
+        logits = self._decoder.logits(hidden[[row.row for row in batch.samples]])
+        if self._shard.group_rank != 0:
+            return []
+        samples = sample(logits, [row.sampling for row in batch.samples], [row.position for row in batch.samples])
+        return [
+            SampledToken(row.request_id, drawn.token, drawn.logprob, drawn.top)
+            for row, drawn in zip(batch.samples, samples, strict=True)
+        ]
+
+    def _collectives(self) -> Collectives:
+        """new_group must be called by all ranks for all groups, in one order."""
+        if self._shard.group_size == 1:
+            return NoCollectives()
+        config, mine = self._config, None
+        timeout = timedelta(seconds=config.dist_timeout)
+        groups = {
+            tuple(Shard.of_rank(r, config.tp_size, config.sp_size, config.layout).group_ranks())
+            for r in range(config.world_size)
+        }
+        for ranks in sorted(groups):
+            group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+            if self._rank in ranks:
+                mine = group
+        assert mine is not None
+        return GroupCollectives(mine)
+
+    def _page_budget(self, model: ModelConfig, dtype: torch.dtype) -> int:
+        if self._config.num_pages is not None:
+            return self._config.num_pages
+        assert self._config.kv_memory_bytes is not None, "one of num_pages and kv_memory_bytes is set"
+        per_page = KVCache.bytes_per_page(
+            num_layers=model.num_layers,
+            page_size=self._config.page_size,
+            num_kv_heads=self._decoder.num_kv_heads,
+            head_dim=model.head_dim,
+            itemsize=dtype.itemsize,
+        )
+        num_pages = self._config.kv_memory_bytes // per_page
+        if num_pages < 1:
+            raise ValueError(f"no room for a single KV page of {per_page} bytes: raise --mem-fraction-static")
+        return num_pages
+
+
+def serve(worker: Worker, socket: zmq.Socket[bytes]) -> None:
+    """Answer commands until Shutdown."""
+    socket.send(encode(worker.ready()))
+    while True:
+        command = decode_command(socket.recv())
+        if isinstance(command, Shutdown):
+            return
+        socket.send(encode(worker.step(command)))
+
+
+def main() -> int:
+    start: WorkerStart = decode_start(sys.stdin.buffer.read())
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controller decides when to end
+    config = start.config
+    torch.set_num_threads(config.num_threads)
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, str(start.rank).encode())
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.connect(start.address)
+    failure: Report | None = None
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{start.rendezvous}",
+            rank=start.rank,
+            world_size=config.world_size,
+            timeout=timedelta(seconds=config.dist_timeout),
+        )
+        serve(Worker(config, start.rank), socket)
+    except ValueError as error:  # the user's to mend: a message, no traceback
+        failure = Failure(start.rank, str(error))
+    except Exception as error:
+        logger.exception("rank %d failed", start.rank)
+        failure = Failure(start.rank, f"{type(error).__name__}: {error}")
+    if failure is not None:
+        socket.send(encode(failure))
+    context.destroy(linger=2000)
+    return 0 if failure is None else 1
+
+
+def _die_with_parent() -> None:
+    """Linux: be killed if the controller dies without a word."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
