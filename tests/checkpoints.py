@@ -153,19 +153,20 @@ def _train_tokenizer() -> Tokenizer:
 @torch.no_grad()
 def _randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    tied = model.config.tie_word_embeddings
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             parameter.copy_(1.6 + 0.3 * noise)
         elif name == "model.norm.weight":
-            parameter.copy_(2.0 + 0.5 * noise)
+            parameter.copy_((6.0 if tied else 2.0) * (1.0 + 0.3 * noise))
         elif name.endswith("norm.weight"):
             parameter.copy_(1.0 + 0.3 * noise)
         elif name.endswith("bias"):
             parameter.copy_(0.2 * noise)
         elif name.endswith("embed_tokens.weight"):
             # a tied embedding of unit scale would make tokens predict themselves
-            parameter.copy_(0.1 * noise if model.config.tie_word_embeddings else noise)
+            parameter.copy_(0.1 * noise if tied else noise)
         else:
             gain = 1.6 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
             gain = 4.0 if name.endswith("lm_head.weight") else gain
