@@ -1,4 +1,4 @@
-"""All ranks of a plan in one process, on a random ragged batch, and the fp64 attention to compare them with."""
+"""All ranks of a plan in one process on a random ragged batch, and fp64 attention to compare them with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sp_backend.transport.recording import RecordingTransport
 
 @dataclass(frozen=True)
 class Request:
-    """`new` tokens after `cached` ones. Cached pages lie striped over the ranks, or on `home` if history is 'own'."""
+    """`new` tokens after `cached` ones, whose pages lie on all ranks, or on `home` if history is 'own'."""
 
     new: int
     cached: int = 0
@@ -127,14 +127,12 @@ def run_lockstep(
     network = LockstepNetwork(plan.layout.num_ranks)
     wires = [RecordingTransport(network.rank(r)) for r in range(network.size)]
     executors = [
-        Executor(plan, r, kernel, wire, head_dim=batch.head_dim, dtype=batch.dtype)
-        for r, wire in enumerate(wires)
+        Executor(plan, r, kernel, wire, head_dim=batch.head_dim, dtype=batch.dtype) for r, wire in enumerate(wires)
     ]
     schedules = [e.schedule(batch.geometry, window) for e in executors]
     for _ in range(layers):
         runs = [
-            Run(e, s, batch.q_of(r), batch.kv_of(r))
-            for r, (e, s) in enumerate(zip(executors, schedules, strict=True))
+            Run(e, s, batch.q_of(r), batch.kv_of(r)) for r, (e, s) in enumerate(zip(executors, schedules, strict=True))
         ]
         links = []
         for i in range(len(plan.rounds)):
@@ -145,9 +143,7 @@ def run_lockstep(
             links.append({link: n for wire in wires for link, n in wire.bytes.items()})
         states = [run.finish() for run in runs]
     network.assert_idle()
-    return LockstepResult(
-        batch.gather([{c: s.out for c, s in by.items()} for by in states]), links, executors
-    )
+    return LockstepResult(batch.gather([{c: s.out for c, s in by.items()} for by in states]), links, executors)
 
 
 def error(outs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -1,0 +1,105 @@
+"""The same plans on real ranks: equal to lockstep bit for bit, and every byte on the wire predicted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sp_backend.execute import Executor
+from sp_backend.geometry import predicted_bytes
+from sp_backend.kernels import get_kernel
+from sp_backend.layout import Kind
+from sp_backend.strategies import STRATEGIES, plan_for
+from sp_backend.transport import Message
+from sp_backend.transport.gloo import GlooTransport, sp_groups
+from sp_backend.transport.recording import RecordingTransport
+from tests.lockstep import Batch, Request, run_lockstep
+from tests.ranks import run_on_ranks
+
+WORLD = 4  # one pool of processes for all tests
+REQUESTS = [Request(37, 20), Request(3), Request(1, 50, 1), Request(0, 5), Request(1, 8, 2)]
+Case = dict[str, Any]
+
+
+def cases(num_ranks: int) -> list[Case]:
+    kinds: list[tuple[str, Kind, bool]] = [(n, k, False) for n, s in STRATEGIES.items() for k in s.kinds]
+    kinds += [("sharded_q", "heads", True)]
+    return [
+        {"name": n, "kind": k, "redundant_kv": red, "num_ranks": num_ranks, "num_heads": 12, "num_kv_heads": 4}
+        for n, k, red in kinds
+    ]
+
+
+def run_cases(rank: int, size: int, num_ranks: int, plans: list[Case], dtype: torch.dtype) -> list[Any]:
+    up, down = (dist.new_group(list(range(num_ranks))) for _ in range(2))
+    if rank >= num_ranks:
+        return []
+    wire = RecordingTransport(GlooTransport(up, down, timeout=20))
+    results = []
+    for case in plans:
+        plan = plan_for(**case)
+        batch = Batch(plan.layout, REQUESTS, dtype=dtype)
+        wire.bytes.clear()
+        executor = Executor(plan, rank, get_kernel("torch_cpu"), wire, head_dim=batch.head_dim, dtype=batch.dtype)
+        schedule = executor.schedule(batch.geometry)
+        for _ in range(3):  # layers: buffers are reused
+            states = executor.run(schedule, batch.q_of(rank), batch.kv_of(rank))
+        assert executor.counters.bytes_sent == sum(wire.bytes.values())
+        results.append(({c: s.out for c, s in states.items()}, wire.bytes.copy()))
+    return results
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_plan_gives_the_bits_of_lockstep_and_sends_the_predicted_bytes(
+    num_ranks: int, dtype: torch.dtype
+) -> None:
+    plans = cases(num_ranks)
+    by_rank = run_on_ranks(WORLD, run_cases, num_ranks, plans, dtype)[:num_ranks]
+    for i, case in enumerate(plans):
+        plan = plan_for(**case)
+        batch = Batch(plan.layout, REQUESTS, dtype=dtype)
+        outs = batch.gather([results[i][0] for results in by_rank])
+        alone = run_lockstep(plan, batch, kernel=get_kernel("torch_cpu"))
+        assert all(torch.equal(a, b) for a, b in zip(outs, alone.outs, strict=True)), case
+        sent: Counter[tuple[int, int]] = sum((results[i][1] for results in by_rank), Counter())
+        predicted: Counter[tuple[int, int]] = sum(
+            predicted_bytes(plan, batch.geometry, batch.head_dim, dtype.itemsize), Counter()
+        )
+        assert sent == Counter({link: 3 * n for link, n in predicted.items()}), case
+
+
+def exchange_in_groups(rank: int, size: int, sp_size: int) -> list[int]:
+    transport = GlooTransport.create(size, sp_size, rank, timeout=20)
+    peers = [p for p in range(sp_size) if p != transport.rank]
+    buffers = {p: torch.zeros(4, dtype=torch.uint8) for p in peers}
+    mine = torch.full((4,), rank, dtype=torch.uint8)
+    receiving, sending = transport.exchange([Message(p, buffers[p]) for p in peers], (Message(p, mine) for p in peers))
+    for pending in [*receiving, *sending, *receiving]:  # a second wait does nothing
+        pending.wait()
+    return [int(buffers[p][3]) for p in peers]
+
+
+def test_sp_groups_of_a_larger_world_do_not_mix() -> None:
+    assert sp_groups(4, 2) == [[0, 1], [2, 3]]
+    assert run_on_ranks(WORLD, exchange_in_groups, 2) == [[1], [0], [3], [2]]
+    with pytest.raises(ValueError, match="cannot be divided"):
+        sp_groups(6, 4)
+
+
+def wait_for_nothing(rank: int, size: int) -> str:
+    transport = GlooTransport.create(size, size, rank, timeout=0.5)
+    if rank > 0:
+        return ""
+    receiving, _ = transport.exchange([Message(1, torch.zeros(1, dtype=torch.uint8))], ())
+    with pytest.raises(RuntimeError) as failure:
+        receiving[0].wait()
+    return str(failure.value)
+
+
+def test_a_silent_rank_is_an_error_after_the_timeout() -> None:
+    assert "nothing came from rank 1 within 0.5 s" in run_on_ranks(WORLD, wait_for_nothing)[0]
