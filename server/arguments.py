@@ -1,0 +1,153 @@
+"""The command line of the server: one argparse parser, SGLang's names first, vLLM's as aliases.
+
+argparse accepts any unambiguous prefix, and users rely on it (`--tp 2`). A prefix that several options share needs
+an alias of its own: `--sp` is declared because `--sp-size` is not the only option that starts so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+DEFAULT_MODEL = Path(__file__).parent / "default_model"
+STRATEGIES = {  # the first one of a layout is its default
+    "tokens": ("ring_pass_kv", "ring_pass_kv_up", "token_ring"),
+    "heads": ("sharded_q",),
+}
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class UsageError(ValueError):
+    """The command line asks for something impossible. One line; exit code 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def token_count(text: str) -> int:
+    """`128k` is 128,000 and `128K` is 131,072."""
+    scale = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}.get(text[-1:], 1)
+    return int(float(text[:-1]) * scale) if scale > 1 else int(text)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    given = list(sys.argv[1:] if argv is None else argv)
+    return parser().parse_args([_dashes(word) for word in given])
+
+
+def _dashes(word: str) -> str:
+    """`--tp_size=2` is `--tp-size=2`. Values are left alone."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def parser() -> argparse.ArgumentParser:
+    result = _Parser(prog="sp-serve", description="OpenAI-compatible server with sequence-parallel attention.")
+    _add_model(result.add_argument_group("model"))
+    _add_http(result.add_argument_group("HTTP"))
+    _add_parallel(result.add_argument_group("parallelism"))
+    _add_memory(result.add_argument_group("memory and batching"))
+    _add_operation(result.add_argument_group("operation"))
+    return result
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model-path", "--model", "-m", metavar="FOLDER", help="Hugging Face folder (default: the embedded model)")
+    add("--tokenizer-path", metavar="FOLDER", help="folder of tokenizer.json (default: the model's)")
+    add("--chat-template", metavar="FILE", help="Jinja file instead of the model's own template")
+    add("--served-model-name", nargs="+", metavar="NAME", help="names that requests may use (default: the path)")
+    add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--context-length", "--max-model-len", type=token_count, metavar="N", help="default: the model's")
+    add(
+        "--sampling-defaults",
+        choices=("model", "openai"),
+        default="model",
+        help="where omitted sampling parameters come from: generation_config.json, or OpenAI's defaults",
+    )
+    add("--random-seed", "--seed", type=int, default=0, help="of dummy weights")
+
+
+def _add_http(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=30000, help="0: any free port")
+    add("--api-key", metavar="KEY", help="required as `Authorization: Bearer KEY`")
+    add("--queue-full-status", type=int, choices=(429, 503), default=429, help="HTTP status when the queue is full")
+    add(
+        "--sse-keepalive-interval",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="SSE comments while a prefill runs; some clients cannot parse them (default: 0, none)",
+    )
+
+
+def _add_parallel(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--sp-size",
+        "--sp",
+        "--sequence-parallel-size",
+        "--context-parallel-size",
+        "--cp-size",
+        "--cp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks that share the tokens of a sequence",
+    )
+    add("--tp-size", "--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share heads")
+    add("--sp-layout", choices=tuple(STRATEGIES), default="tokens", help="what SP ranks split outside attention")
+    strategies = tuple(name for names in STRATEGIES.values() for name in names)
+    add("--sp-strategy", "--cp-strategy", choices=strategies, help="plan of long prefills (default: by layout)")
+    add("--sp-redundant-kv", action="store_true", help="layout heads: each rank computes the new keys of all tokens")
+    add("--sp-threshold", type=token_count, default=512, metavar="TOKENS", help="shorter prompts stay on one rank")
+    add("--device", default="auto", metavar="{auto,cpu}")
+    add("--attention-backend", choices=("torch_cpu", "reference"), default="torch_cpu")
+    add("--threads-per-rank", type=int, metavar="N", help="default: cores / ranks")
+    add("--oversubscribe", action="store_true", help="allow more ranks than cores (slow; for tests)")
+    add("--dist-timeout", type=float, default=300.0, metavar="SECONDS", help="limit of one transfer between ranks")
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--page-size", type=int, default=64, metavar="TOKENS")
+    add("--max-total-tokens", type=token_count, metavar="N", help="KV cache size over all ranks; accepts 128k")
+    add(
+        "--mem-fraction-static",
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.5,
+        metavar="F",
+        help="share of the available memory for weights and KV cache of all ranks",
+    )
+    add("--max-running-requests", "--max-num-seqs", type=int, default=64, metavar="N")
+    add("--max-queued-requests", type=int, metavar="N", help="more are refused (default: unlimited)")
+    add("--chunked-prefill-size", type=token_count, default=4096, metavar="TOKENS", help="per step; -1: off")
+    add("--max-prefill-seconds", type=float, default=0.5, metavar="S", help="of one prefill step while others decode")
+    add("--disable-radix-cache", "--no-enable-prefix-caching", action="store_true", help="no prefix cache")
+
+
+def _add_operation(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--watchdog-timeout", type=float, default=300.0, metavar="SECONDS", help="a step without answer is fatal")
+    add(
+        "--drain-timeout",
+        "--shutdown-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long SIGTERM lets running requests finish",
+    )
+    add("--log-level", choices=LOG_LEVELS, default="info", type=str.lower)
+    add("--log-requests", "--enable-log-requests", action="store_true", help="one line for each request")
+    add("--skip-server-warmup", action="store_true", help="report ready without a first request")

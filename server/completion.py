@@ -1,0 +1,207 @@
+"""What a completion looks like as JSON, whole and in pieces, for both endpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from server.choice import Delta, TokenText
+from server.generation import Job
+from server.streaming import event
+from server.tokenizer import Tokenizer
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+@dataclass(slots=True)
+class Collected:
+    """One choice, gathered from its deltas."""
+
+    parts: list[str] = field(default_factory=list)
+    tokens: list[TokenText] = field(default_factory=list)
+    last: Delta | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.parts.append(delta.text)
+        self.tokens += delta.tokens
+        self.last = delta
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
+class Usage:
+    def __init__(self, job: Job) -> None:
+        self._prompt_tokens = sum(map(len, job.prompts))
+        self._n = job.decoding.n
+        self._generated: dict[int, int] = {}
+        self._cached: dict[int, int] = {}
+
+    def add(self, delta: Delta) -> None:
+        self._generated[delta.index] = delta.num_tokens
+        if delta.index % self._n == 0:  # the other choices of a prompt find its pages through the first one
+            self._cached[delta.index] = delta.cached_tokens
+
+    def json(self) -> dict[str, Any]:
+        generated = sum(self._generated.values())
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": self._prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+        }
+
+
+class Format(Protocol):
+    """How one endpoint writes choices."""
+
+    object: str
+    chunk_object: str
+
+    def whole(self, index: int, collected: Collected) -> dict[str, Any]: ...
+    def first(self, index: int) -> dict[str, Any] | None: ...  # a choice's first chunk, if it needs one
+    def piece(self, delta: Delta) -> dict[str, Any]: ...
+
+
+class CompletionFormat:
+    object = chunk_object = "text_completion"
+
+    def __init__(self, tokenizer: Tokenizer, echoes: list[str], n: int, logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._echoes = echoes  # for each prompt; "" unless asked for
+        self._n = n
+        self._logprobs = logprobs
+
+    def _echo(self, index: int) -> str:
+        return self._echoes[index // self._n]
+
+    def whole(self, index: int, collected: Collected) -> dict[str, Any]:
+        assert collected.last is not None
+        text = self._echo(index) + collected.text
+        return {"index": index, "text": text, **self._rest(index, collected.tokens, collected.last)}
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        echo = self._echo(index)
+        return {"index": index, "text": echo, "logprobs": None, "finish_reason": None} if echo else None
+
+    def piece(self, delta: Delta) -> dict[str, Any]:
+        return {"index": delta.index, "text": delta.text, **self._rest(delta.index, delta.tokens, delta)}
+
+    def _rest(self, index: int, tokens: list[TokenText], delta: Delta) -> dict[str, Any]:
+        logprobs = self._logprobs_json(index, tokens) if self._logprobs else None
+        return {"logprobs": logprobs, **_ending(delta)}
+
+    def _logprobs_json(self, index: int, tokens: list[TokenText]) -> dict[str, Any]:
+        name, before = self._tokenizer.token_text, len(self._echo(index))
+        return {
+            "tokens": [name(token.generated.token) for token in tokens],
+            "token_logprobs": [_finite(token.generated.logprob) for token in tokens],
+            "top_logprobs": [self._alternatives(token) for token in tokens],
+            "text_offset": [before + token.offset for token in tokens],
+        }
+
+    def _alternatives(self, token: TokenText) -> dict[str, float]:
+        """The most likely tokens and the chosen one."""
+        name, chosen = self._tokenizer.token_text, token.generated
+        result = {name(top.token): _finite(top.logprob) for top in reversed(chosen.top)}
+        result.setdefault(name(chosen.token), _finite(chosen.logprob))
+        return dict(sorted(result.items(), key=lambda item: -item[1]))
+
+
+class ChatFormat:
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, tokenizer: Tokenizer, logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+
+    def whole(self, index: int, collected: Collected) -> dict[str, Any]:
+        assert collected.last is not None
+        message = {"role": "assistant", "content": collected.text}
+        return {"index": index, "message": message, **self._rest(collected.tokens, collected.last)}
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def piece(self, delta: Delta) -> dict[str, Any]:
+        content = {"content": delta.text} if delta.text else {}
+        return {"index": delta.index, "delta": content, **self._rest(delta.tokens, delta)}
+
+    def _rest(self, tokens: list[TokenText], delta: Delta) -> dict[str, Any]:
+        logprobs = {"content": [self._entry(token) for token in tokens]} if self._logprobs else None
+        return {"logprobs": logprobs, **_ending(delta)}
+
+    def _entry(self, token: TokenText) -> dict[str, Any]:
+        chosen = token.generated
+        tops = [self._candidate(top.token, top.logprob) for top in chosen.top]
+        return {**self._candidate(chosen.token, chosen.logprob), "top_logprobs": tops}
+
+    def _candidate(self, token: int, logprob: float | None) -> dict[str, Any]:
+        data = self._tokenizer.token_bytes(token)
+        return {"token": self._tokenizer.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _ending(delta: Delta) -> dict[str, Any]:
+    if delta.finish_reason is None:
+        return {"finish_reason": None}
+    reason = delta.stop_reason  # SGLang's and vLLM's names for it
+    return {"finish_reason": delta.finish_reason, "matched_stop": reason, "stop_reason": reason}
+
+
+def _finite(logprob: float | None) -> float:
+    return LEAST_LOGPROB if logprob is None else max(logprob, LEAST_LOGPROB)
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Turns the deltas of a job into one response or a stream of events."""
+
+    job: Job
+    model: str
+    format: Format
+    include_usage: bool = False
+    usage_in_every_chunk: bool = False
+
+    async def whole(self, deltas: AsyncGenerator[Delta, None]) -> dict[str, Any]:
+        usage = Usage(self.job)
+        choices = [Collected() for _ in range(self.job.num_choices)]
+        async with aclosing(deltas):
+            async for delta in deltas:
+                usage.add(delta)
+                choices[delta.index].add(delta)
+        written = [self.format.whole(index, choice) for index, choice in enumerate(choices)]
+        return {**self._head(self.format.object), "choices": written, "usage": usage.json()}
+
+    async def events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
+        usage, begun = Usage(self.job), set[int]()
+        head = self._head(self.format.chunk_object)
+
+        def chunk(choice: dict[str, Any]) -> bytes:
+            extra: dict[str, Any] = {}
+            if self.usage_in_every_chunk:
+                extra["usage"] = usage.json()
+            elif self.include_usage:
+                extra["usage"] = None
+            return event({**head, "choices": [choice], **extra})
+
+        async with aclosing(deltas):
+            async for delta in deltas:
+                usage.add(delta)
+                starts = delta.index not in begun
+                begun.add(delta.index)
+                if starts and (opening := self.format.first(delta.index)) is not None:
+                    yield chunk(opening)
+                    starts = False  # clients take the first chunk for the first token: one is enough
+                if starts or delta.text or delta.tokens or delta.finish_reason is not None:
+                    yield chunk(self.format.piece(delta))
+        if self.include_usage:
+            yield event({**head, "choices": [], "usage": usage.json()})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.job.id, "object": kind, "created": int(time.time()), "model": self.model}

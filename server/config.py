@@ -1,0 +1,285 @@
+"""What the command line means: frozen values, every `auto` decided once, wrong combinations refused.
+
+`resolve` runs before any worker or port exists, so that a mistake costs a second and one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from scheduler.config import SchedulerConfig
+from server.arguments import DEFAULT_MODEL, STRATEGIES, UsageError, parse
+from sp_backend.config import BackendConfig
+from sp_backend.models.config import ModelConfig, check_parallel
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpConfig:
+    host: str
+    port: int
+    api_key: str | None
+    served_model_names: tuple[str, ...]  # the first is the one that /v1/models lists
+    queue_full_status: int
+    sse_keepalive_interval: float  # seconds; 0: none
+    log_level: str
+    log_requests: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    tokenizer_path: Path
+    chat_template: Path | None  # instead of the tokenizer folder's own
+    sampling_defaults: dict[str, float]  # used where a request is silent
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    http: HttpConfig
+    text: TextConfig
+    model: ModelConfig
+    backend: BackendConfig
+    scheduler: SchedulerConfig
+    drain_timeout: float
+    warmup: bool
+    warnings: tuple[str, ...]  # options given that have no effect
+
+    def summary(self) -> dict[str, Any]:
+        """The resolved values, for the log and /server_info. Secrets are left out."""
+        backend = {name: getattr(self.backend, name) for name in self.backend.__struct_fields__}
+        scheduler = {name: getattr(self.scheduler, name) for name in self.scheduler.__dataclass_fields__}
+        return {
+            **backend,
+            **scheduler,
+            "host": self.http.host,
+            "port": self.http.port,
+            "served_model_name": self.http.served_model_names[0],
+            "tokenizer_path": str(self.text.tokenizer_path),
+            "sampling_defaults": self.text.sampling_defaults,
+            "drain_timeout": self.drain_timeout,
+        }
+
+
+def load(argv: Sequence[str] | None = None) -> ServerConfig:
+    """Raises UsageError; `--help` exits."""
+    return resolve(parse(argv))
+
+
+def resolve(args: argparse.Namespace) -> ServerConfig:
+    folder = Path(args.model_path) if args.model_path else DEFAULT_MODEL
+    if not folder.is_dir():
+        raise UsageError(f"--model-path {args.model_path}: no such folder (models are local Hugging Face folders)")
+    try:
+        model = ModelConfig.load(folder)
+        _check_numbers(args)
+        _check_parallel(args, model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    context_length = args.context_length or model.max_position_embeddings
+    if context_length > model.max_position_embeddings:
+        raise UsageError(
+            f"--context-length {context_length} is longer than the {model.max_position_embeddings} positions "
+            f"the model was made for"
+        )
+    return ServerConfig(
+        http=_http(args, folder),
+        text=_text(args, folder),
+        model=model,
+        backend=_backend(args, model, folder, context_length),
+        scheduler=_scheduler(args),
+        drain_timeout=args.drain_timeout,
+        warmup=not args.skip_server_warmup,
+        warnings=tuple(_warnings(args)),
+    )
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    at_least_one = "sp_size tp_size page_size threads_per_rank max_running_requests max_total_tokens context_length"
+    for name in at_least_one.split():
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    not_negative = "sp_threshold max_queued_requests drain_timeout sse_keepalive_interval random_seed"
+    for name in not_negative.split():
+        value = getattr(args, name)
+        if value is not None and not value >= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must not be negative")
+    for name in ("watchdog_timeout", "dist_timeout", "max_prefill_seconds"):
+        if not getattr(args, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if not 0 < args.mem_fraction_static < 1:
+        raise UsageError(f"--mem-fraction-static {args.mem_fraction_static}: must lie between 0 and 1")
+    if not 0 <= args.port < 65536:
+        raise UsageError(f"--port {args.port}: must lie between 0 and 65535")
+    if args.chunked_prefill_size != -1 and args.chunked_prefill_size < args.page_size:
+        raise UsageError(
+            f"--chunked-prefill-size {args.chunked_prefill_size}: -1 (off) or at least "
+            f"--page-size {args.page_size} is needed"
+        )
+
+
+def _check_parallel(args: argparse.Namespace, model: ModelConfig) -> None:
+    if args.device not in ("auto", "cpu"):
+        raise UsageError(f"--device {args.device} is not supported; this version runs on cpu")
+    world, cores = args.sp_size * args.tp_size, num_cores()
+    if world > cores and not args.oversubscribe:
+        raise UsageError(
+            f"--sp-size {args.sp_size} x --tp-size {args.tp_size} needs {world} cores, this machine has {cores} "
+            f"(--oversubscribe runs it nevertheless, slowly)"
+        )
+    fitting = STRATEGIES[args.sp_layout]
+    if args.sp_strategy not in (None, *fitting):
+        raise UsageError(
+            f"--sp-strategy {args.sp_strategy} does not run with --sp-layout {args.sp_layout}; "
+            f"that layout has: {', '.join(fitting)}"
+        )
+    if args.sp_redundant_kv and args.sp_layout != "heads":
+        raise UsageError("--sp-redundant-kv needs --sp-layout heads")
+    check_parallel(model, args.tp_size, args.sp_size, args.sp_layout)
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _warnings(args: argparse.Namespace) -> list[str]:
+    result = []
+    if args.sp_size == 1:
+        unused = [("--sp-strategy", args.sp_strategy), ("--sp-redundant-kv", args.sp_redundant_kv)]
+        result += [f"{flag} has no effect with --sp-size 1" for flag, given in unused if given]
+    if args.max_prefill_seconds != 0.5 and args.chunked_prefill_size == -1:
+        result.append("--max-prefill-seconds has no effect with --chunked-prefill-size -1")
+    return result
+
+
+def _http(args: argparse.Namespace, folder: Path) -> HttpConfig:
+    names = args.served_model_name or ([args.model_path, folder.resolve().name] if args.model_path else ["default"])
+    return HttpConfig(
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key,
+        served_model_names=tuple(dict.fromkeys(names)),
+        queue_full_status=args.queue_full_status,
+        sse_keepalive_interval=args.sse_keepalive_interval,
+        log_level=args.log_level,
+        log_requests=args.log_requests,
+    )
+
+
+def _text(args: argparse.Namespace, folder: Path) -> TextConfig:
+    tokenizer = Path(args.tokenizer_path) if args.tokenizer_path else folder
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise UsageError(f"--tokenizer-path {tokenizer}: holds no tokenizer.json")
+    template = Path(args.chat_template) if args.chat_template else None
+    if template is not None and not template.is_file():
+        raise UsageError(f"--chat-template {template}: no such file")
+    defaults = _sampling_defaults(folder) if args.sampling_defaults == "model" else {}
+    return TextConfig(tokenizer, template, defaults)
+
+
+def _sampling_defaults(folder: Path) -> dict[str, float]:
+    """Numbers of generation_config.json; an explicit `do_sample: false` means greedy."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file}: is not valid JSON: {error}") from error
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    defaults = {name: values[name] for name in names if isinstance(values.get(name), int | float)}
+    if values.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults
+
+
+def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context_length: int) -> BackendConfig:
+    world = args.sp_size * args.tp_size
+    dtype = _dtype(args.dtype, model.dtype)
+    num_pages = kv_memory = None
+    if args.max_total_tokens is None:
+        kv_memory = _kv_memory(args, model, DTYPE_BYTES[dtype])
+    else:
+        num_pages = -(-args.max_total_tokens // (args.page_size * args.sp_size))
+    return BackendConfig(
+        model_path=str(folder),
+        dtype=dtype,
+        load_format=args.load_format,
+        tp_size=args.tp_size,
+        sp_size=args.sp_size,
+        layout=args.sp_layout,
+        strategy=args.sp_strategy or STRATEGIES[args.sp_layout][0],
+        redundant_kv=args.sp_redundant_kv,
+        kernel=args.attention_backend,
+        page_size=args.page_size,
+        num_pages=num_pages,
+        kv_memory_bytes=kv_memory,
+        context_length=context_length,
+        num_threads=args.threads_per_rank or max(1, num_cores() // world),
+        seed=args.random_seed,
+        dist_timeout=args.dist_timeout,
+    )
+
+
+def _scheduler(args: argparse.Namespace) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_running_requests=args.max_running_requests,
+        max_queued_requests=args.max_queued_requests,
+        chunked_prefill_size=args.chunked_prefill_size,
+        max_prefill_seconds=args.max_prefill_seconds,
+        sp_threshold=args.sp_threshold,
+        prefix_cache=not args.disable_radix_cache,
+        watchdog_timeout=args.watchdog_timeout,
+    )
+
+
+def _dtype(asked: str, of_checkpoint: str) -> str:
+    """auto: bfloat16 only where the CPU multiplies it; elsewhere float32 is faster and exact."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if of_checkpoint == "bfloat16" and _has_bfloat16() else "float32"
+
+
+def _has_bfloat16() -> bool:
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _kv_memory(args: argparse.Namespace, model: ModelConfig, dtype_bytes: int) -> int:
+    """Bytes for the KV pages of one rank: its share of the allowed memory after weights."""
+    world: int = args.sp_size * args.tp_size
+    copies = args.sp_size if args.sp_layout == "tokens" else 1
+    weights = _num_parameters(model) * dtype_bytes * copies
+    allowed = int(available_memory() * args.mem_fraction_static)
+    if allowed <= weights:
+        raise UsageError(
+            f"--mem-fraction-static {args.mem_fraction_static} allows {allowed / 2**30:.2f} GiB; the weights of "
+            f"--sp-size {args.sp_size} x --tp-size {args.tp_size} ranks take {weights / 2**30:.2f} GiB"
+        )
+    return (allowed - weights) // world
+
+
+def available_memory() -> int:
+    """Of the machine, or of the container if that is less."""
+    available: int = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available
+
+
+def _num_parameters(model: ModelConfig) -> int:
+    heads = model.num_heads * 2 + model.num_kv_heads * 2
+    layer = model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size)
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return model.num_layers * layer + embeddings

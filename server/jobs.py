@@ -1,0 +1,146 @@
+"""From a decoded request body to a job for the scheduler: every check that needs the model is here."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from server.chat_template import ChatTemplate
+from server.completion import ChatFormat, CompletionFormat, Format, Writer
+from server.config import ServerConfig
+from server.errors import invalid, model_not_found, too_long
+from server.generation import Job
+from server.openai_types import ChatRequest, CompletionRequest, Message, SamplingFields
+from server.prompts import PromptReader, in_thread_if_long
+from server.sampling import Decoding, SamplingReader
+from server.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's
+MAX_CHOICES = 1024  # prompts x n of one request
+
+
+class JobReader:
+    def __init__(
+        self,
+        config: ServerConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        max_request_tokens: Callable[[], int],
+    ) -> None:
+        self._names = config.http.served_model_names
+        self._tokenizer = tokenizer
+        self._template = template
+        self._max_request_tokens = max_request_tokens
+        vocab_size = config.model.vocab_size
+        self._prompts = PromptReader(tokenizer, vocab_size)
+        self._sampling = SamplingReader(vocab_size, config.model.eos_ids, config.text.sampling_defaults)
+
+    async def completion(self, body: CompletionRequest) -> Writer:
+        self.check_model(body.model)
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise invalid("best_of must equal n: candidates are not ranked.", "best_of")
+        if body.echo and body.logprobs is not None:
+            raise invalid("echo together with logprobs is not supported.", "logprobs")
+        if body.suffix:
+            raise invalid("suffix is not supported.", "suffix")
+        decoding = self._sampling.read(body, body.logprobs, body.max_tokens)
+        prompts = await self._prompts.read(body.prompt)
+        job = self._job("cmpl", body, [prompt.ids for prompt in prompts], decoding, DEFAULT_MAX_TOKENS)
+        echoes = [""] * len(prompts)
+        if body.echo:
+            echoes = [prompt.text or self._tokenizer.decode(prompt.ids) for prompt in prompts]
+        style = CompletionFormat(self._tokenizer, echoes, decoding.n, body.logprobs is not None)
+        return self._writer(job, body, style)
+
+    async def chat(self, body: ChatRequest) -> Writer:
+        self.check_model(body.model)
+        if body.top_logprobs and not body.logprobs:
+            raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
+        if body.tools and body.tool_choice != "none":
+            raise invalid("tools are not supported: the answer would not be parsed for calls.", "tools")
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        decoding = self._sampling.read(body, logprobs, body.max_completion_tokens or body.max_tokens)
+        ids = await self.chat_ids(
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=bool(body.continue_final_message),
+            variables=body.chat_template_kwargs,
+        )
+        job = self._job("chatcmpl", body, [ids], decoding, None)
+        return self._writer(job, body, ChatFormat(self._tokenizer, bool(body.logprobs)))
+
+    async def chat_ids(self, messages: list[Message], **options: Any) -> list[int]:
+        if not messages:
+            raise invalid("messages cannot be empty.", "messages")
+        _refuse_images(messages)
+        size = sum(map(_num_characters, messages))
+
+        def render() -> list[int]:
+            text = self._template.render([msgspec.to_builtins(message) for message in messages], **options)
+            return self._tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
+
+        ids = await in_thread_if_long(size, render)
+        if not ids:
+            raise invalid("messages cannot be empty.", "messages")
+        return ids
+
+    def check_model(self, name: str | None) -> None:
+        if name and name != "default" and name not in self._names:
+            raise model_not_found(name)
+
+    def _job(
+        self, kind: str, body: SamplingFields, prompts: list[list[int]], decoding: Decoding, default: int | None
+    ) -> Job:
+        if len(prompts) * decoding.n > MAX_CHOICES:
+            raise invalid(f"{len(prompts)} prompts x n {decoding.n}: at most {MAX_CHOICES} together.", "n")
+        fits = self._max_request_tokens()
+        return Job(
+            id=f"{kind}-{uuid.uuid4().hex}",
+            prompts=prompts,
+            decoding=decoding,
+            max_tokens=[_max_tokens(len(prompt), decoding.max_tokens, default, fits) for prompt in prompts],
+            rid=body.rid,
+        )
+
+    def _writer(self, job: Job, body: SamplingFields, style: Format) -> Writer:
+        options = body.stream_options
+        include = options is not None and bool(options.include_usage)
+        return Writer(
+            job=job,
+            model=body.model or self._names[0],
+            format=style,
+            include_usage=include,
+            usage_in_every_chunk=options is not None and include and bool(options.continuous_usage_stats),
+        )
+
+
+def _max_tokens(prompt: int, asked: int | None, default: int | None, fits: int) -> int:
+    if prompt >= fits:
+        raise too_long(prompt, fits)
+    rest = fits - prompt
+    if asked is None:
+        return rest if default is None else min(default, rest)
+    if asked > rest:
+        raise invalid(
+            f"Requested token count exceeds the model's maximum context length of {fits} tokens. You requested a "
+            f"total of {prompt + asked} tokens: {prompt} of input and {asked} for the completion.",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+    return asked
+
+
+def _num_characters(message: Message) -> int:
+    parts = message.content if isinstance(message.content, list) else []
+    return len(message.content or "") + sum(len(part.text or "") for part in parts)
+
+
+def _refuse_images(messages: list[Message]) -> None:
+    for at, message in enumerate(messages):
+        parts = message.content if isinstance(message.content, list) else []
+        for part in parts:
+            if part.type != "text" or part.text is None:
+                raise invalid(f"messages[{at}]: content parts of type {part.type!r} are not supported.", "messages")

@@ -1,0 +1,138 @@
+"""From an open port to a clean end: warm-up, drain on SIGTERM, exit when a worker fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+from collections.abc import Generator
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from server.choice import TextOptions
+from server.generation import Job
+from server.sampling import Decoding
+from server.service import Phase, Service
+from sp_backend.commands import Sampling
+
+log = logging.getLogger("server.lifecycle")
+WARMUP_TIMEOUT = 600.0  # seconds
+WATCH_INTERVAL = 0.25  # seconds between looks at the workers
+LAST_ANSWERS = 3.0  # seconds for responses to reach their clients once the server stops
+
+
+class _Server(uvicorn.Server):
+    """Signals are handled by `_Lifecycle`: uvicorn would stop at once instead of draining."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def run(app: FastAPI, service: Service, listener: socket.socket) -> int:
+    """Serves until a signal or a failure. Returns the exit code."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_Lifecycle(app, service, listener).run())
+
+
+class _Lifecycle:
+    def __init__(self, app: FastAPI, service: Service, listener: socket.socket) -> None:
+        self._service = service
+        self._listener = listener
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=LAST_ANSWERS,  # type: ignore[arg-type]
+            )
+        )
+        self._exit_code = 0
+        self._drain: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        watching = asyncio.create_task(self._watch())
+        starting = asyncio.create_task(self._start())
+        try:
+            await self._server.serve(sockets=[self._listener])
+        finally:
+            watching.cancel()
+            starting.cancel()
+            await asyncio.gather(watching, starting, return_exceptions=True)
+        return self._exit_code
+
+    async def _start(self) -> None:
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+        if self._service.config.warmup:
+            try:
+                async with asyncio.timeout(WARMUP_TIMEOUT):
+                    await self._warm_up()
+            except Exception as error:
+                self._fail(f"the warm-up request failed: {error!r}")
+                return
+        if self._service.phase is Phase.STARTING:
+            self._service.phase = Phase.READY
+            self._announce()
+
+    async def _warm_up(self) -> None:
+        """Long enough to be spread over the ranks, so that every path has run before the first user."""
+        service, config = self._service, self._service.config
+        length = max(1, min(config.scheduler.sp_threshold + 1, service.max_request_tokens() - 2))
+        decoding = Decoding(Sampling(temperature=0.0), TextOptions(), frozenset(), 2, 0, 1)
+        job = Job("warmup", [[index % config.model.vocab_size for index in range(length)]], decoding, [2])
+        async for _ in service.generator.run(job):
+            pass
+        service.client.flush_cache()
+
+    def _announce(self) -> None:
+        http = self._service.config.http
+        host = f"[{http.host}]" if ":" in http.host else http.host
+        url = f"http://{host}:{self._listener.getsockname()[1]}"
+        body = json.dumps({"model": self._service.model_name, "prompt": "def add(a, b):", "max_tokens": 32})
+        key = "" if http.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
+        print(f"The server is fired up and ready to roll! {url}", flush=True)
+        print(f"curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
+
+    def _on_signal(self) -> None:
+        if self._drain is not None:
+            log.warning("Second signal: stopping at once")
+            self._stop(force=True)
+            return
+        self._service.phase = Phase.DRAINING
+        self._drain = asyncio.create_task(self._drain_and_stop())
+
+    async def _drain_and_stop(self) -> None:
+        log.info("Draining requests and shutting down...")
+        await self._service.client.drain(self._service.config.drain_timeout)
+        self._service.generator.abort(None)
+        self._stop()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            if (why := self._service.client.healthy()) is not None:
+                self._fail(why)
+                return
+
+    def _fail(self, why: str) -> None:
+        """Running requests get their errors from the scheduler; uvicorn lets them out, then the process ends."""
+        log.error("Fatal: %s", why)
+        self._service.phase = Phase.FAILED
+        self._exit_code = 1
+        self._stop()
+
+    def _stop(self, force: bool = False) -> None:
+        self._server.force_exit = force
+        self._server.should_exit = True

@@ -1,0 +1,128 @@
+"""A scheduler client that makes up deterministic tokens. It records what it was asked and what was aborted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from scheduler.request import Draining, FinishReason, GeneratedToken, GenerateRequest, Output
+from scheduler.stats import RankStats, Stats
+from sp_backend.commands import TokenLogprob
+
+NextToken = Callable[[GenerateRequest, int], int]
+
+
+def echo_token(request: GenerateRequest, position: int) -> int:
+    """Repeats the prompt."""
+    return request.prompt[position % len(request.prompt)]
+
+
+@dataclass
+class FakeClient:
+    next_token: NextToken = echo_token
+    prefill_seconds: float = 0.0
+    token_seconds: float = 0.0
+    capacity_tokens: int = 1_000_000
+    cached_tokens: int = 0
+    refusal: Exception | None = None  # raised before the first output
+    fail_after: int | None = None  # tokens, then an error output
+    unhealthy: str | None = None
+    tokens_per_output: int = 1
+    requests: list[GenerateRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    running: set[str] = field(default_factory=set)
+    flushed: int = 0
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        self._asked_to_abort: set[str] = set()
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        self.requests.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        if self.draining:
+            raise Draining("draining")
+        self.running.add(request.request_id)
+        try:
+            await self._wait(self.prefill_seconds)
+            async for output in self._outputs(request):
+                yield output
+            self.finished.append(request.request_id)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted.append(request.request_id)
+            raise
+        finally:
+            self.running.discard(request.request_id)
+
+    async def _outputs(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        made, name = 0, request.request_id
+        while made < request.max_tokens:
+            tokens = []
+            for _ in range(self.tokens_per_output):
+                if made == self.fail_after:
+                    yield Output(name, finish_reason=FinishReason.ERROR, error="rank 1 failed: out of memory")
+                    return
+                token = self.next_token(request, made)
+                if token in request.stop_token_ids and made >= request.min_tokens:
+                    yield Output(name, tokens, FinishReason.STOP, token, self.cached_tokens)
+                    return
+                tokens.append(self._generated(request, token))
+                made += 1
+                if made == request.max_tokens:
+                    break
+            if name in self._asked_to_abort:
+                self.aborted.append(name)
+                yield Output(name, finish_reason=FinishReason.ABORT)
+                return
+            last = FinishReason.LENGTH if made == request.max_tokens else None
+            yield Output(name, tokens, last, cached_tokens=self.cached_tokens)
+            await self._wait(self.token_seconds)
+
+    @staticmethod
+    async def _wait(seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    @staticmethod
+    def _generated(request: GenerateRequest, token: int) -> GeneratedToken:
+        asked = request.sampling.logprobs
+        if asked is None:
+            return GeneratedToken(token)
+        top = [TokenLogprob(token + k, -0.5 - k) for k in range(asked)]
+        return GeneratedToken(token, -0.5, top)
+
+    def abort(self, request_id: str) -> None:
+        self._asked_to_abort.add(request_id)
+
+    def stats(self) -> Stats:
+        ranks = [RankStats(r, r, 0, 100, 3 + r, 1000, 64, 0.25, 1.5) for r in range(2)]
+        return Stats(
+            num_running=len(self.running),
+            num_waiting=0,
+            num_pages=200,
+            pages_used=7,
+            pages_cached=2,
+            per_rank=ranks,
+            prompt_tokens=sum(len(request.prompt) for request in self.requests),
+            cached_tokens=0,
+            generated_tokens=0,
+            num_finished={"stop": len(self.finished)},
+            num_retractions=0,
+            num_steps={"prefill": 3, "decode": 4},
+            capacity_tokens=self.capacity_tokens,
+        )
+
+    def healthy(self) -> str | None:
+        return self.unhealthy
+
+    def flush_cache(self) -> None:
+        self.flushed += 1
+
+    async def drain(self, timeout: float) -> bool:
+        self.draining = True
+        deadline = asyncio.get_running_loop().time() + timeout
+        while self.running and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        return not self.running
