@@ -17,6 +17,7 @@ import torch.distributed as dist
 import zmq
 
 from sp_backend.batch import BatchBuilder, LocalBatch
+from sp_backend.buffers import BufferPool
 from sp_backend.commands import (
     Failure,
     Ready,
@@ -97,6 +98,7 @@ class Worker:
             windowed=any(model.windows),
             device=device,
         )
+        pool = BufferPool(device)
         self._executors = {
             name: Executor(
                 plan,
@@ -106,6 +108,7 @@ class Worker:
                 head_dim=model.head_dim,
                 dtype=dtype,
                 device=device,
+                pool=pool,
             )
             for name, plan in self._plans.items()
         }
