@@ -35,8 +35,7 @@ class Checkpoint:
             raise ValueError(f'{self._folder / file}: tensor "{name}" is missing') from error
         if found != shape:
             raise ValueError(
-                f'{self._folder / file}: tensor "{name}" has shape {list(found)}, '
-                f"but config.json implies {list(shape)}"
+                f'{self._folder / file}: tensor "{name}" has shape {list(found)}, but config.json implies {list(shape)}'
             )
         if dtype not in DTYPES:
             raise ValueError(
@@ -74,7 +73,5 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         assert isinstance(index, dict) and all(isinstance(file, str) for file in index.values())
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(
-            f'{path}: unreadable: expected a JSON object with a "weight_map" of file names'
-        ) from error
+        raise ValueError(f'{path}: unreadable: expected a JSON object with a "weight_map" of file names') from error
     return index

@@ -26,9 +26,7 @@ FAMILIES = {
     "LlamaForCausalLM": Family("llama", qkv_bias=None, o_bias=None, qk_norm=False, windows="none"),
     "MistralForCausalLM": Family("mistral", qkv_bias=False, o_bias=False, qk_norm=False, windows="all"),
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, o_bias=False, qk_norm=False, windows="layers"),
-    "Qwen3ForCausalLM": Family(
-        "qwen3", qkv_bias=None, o_bias=None, qk_norm=True, windows="layers", head_dim=128
-    ),
+    "Qwen3ForCausalLM": Family("qwen3", qkv_bias=None, o_bias=None, qk_norm=True, windows="layers", head_dim=128),
 }
 
 

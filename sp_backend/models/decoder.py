@@ -119,14 +119,10 @@ class Decoder:
             if (lo, hi) == (rows.start, rows.stop):
                 q_part, kv_part = F.linear(x, layer.qkv, layer.qkv_bias).tensor_split([num_q], dim=-1)
             else:
-                q_bias, kv_bias = (
-                    (None, None) if layer.qkv_bias is None else layer.qkv_bias.tensor_split([num_q])
-                )
+                q_bias, kv_bias = (None, None) if layer.qkv_bias is None else layer.qkv_bias.tensor_split([num_q])
                 q_part = F.linear(x, layer.qkv[:num_q], q_bias)
                 kv_part = F.linear(x[lo - rows.start : hi - rows.start], layer.qkv[num_q:], kv_bias)
-            q[rows] = self._rotated(
-                q_part.view(-1, self.num_heads, head_dim), layer.q_norm, cos[rows], sin[rows]
-            )
+            q[rows] = self._rotated(q_part.view(-1, self.num_heads, head_dim), layer.q_norm, cos[rows], sin[rows])
             if lo < hi:
                 k_part, v_part = kv_part.view(-1, 2, self.num_kv_heads, head_dim).unbind(1)
                 kv[lo - first : hi - first, 0] = self._rotated(k_part, layer.k_norm, cos[lo:hi], sin[lo:hi])

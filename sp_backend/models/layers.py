@@ -23,9 +23,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
-def rope_cos_sin(
-    positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [rows, head_dim], computed in fp32 for the given positions [rows]."""
     angles = positions[:, None].float() * inv_freq
     angles = torch.cat((angles, angles), dim=-1)
@@ -64,11 +62,7 @@ def _yarn(rope: Rope, powers: Tensor, head_dim: int) -> Tensor:
     """Dims that turn over beta_fast times in the trained length are kept, under beta_slow slowed."""
 
     def dim_turning(times: float) -> float:
-        return (
-            head_dim
-            * math.log(rope.original_max_positions / (times * 2 * math.pi))
-            / (2 * math.log(rope.theta))
-        )
+        return head_dim * math.log(rope.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dim_turning(rope.beta_fast), dim_turning(rope.beta_slow)
     if rope.truncate:

@@ -99,7 +99,6 @@ def fill_dummy(parameters: dict[str, Tensor], specs: list[TensorSpec], seed: int
             parameters[spec.name].fill_(1.0)
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {spec.name}".encode()))
-        fan_in = 1 if spec.name == EMBEDDING else spec.shape[-1]
-        limit = (3 / fan_in) ** 0.5 if len(spec.shape) == 2 else 0.1
+        limit = (3 / spec.shape[-1]) ** 0.5 if len(spec.shape) == 2 else 0.1
         full = torch.empty(spec.shape).uniform_(-limit, limit, generator=generator)
         parameters[spec.name].copy_(full[spec.slices])

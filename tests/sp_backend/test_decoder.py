@@ -255,9 +255,7 @@ def test_a_window_changes_only_what_lies_beyond_it(checkpoint, expected):
     assert (unlimited - expected(folder))[WINDOW:].abs().amax(-1).min() > TOLERANCE
 
 
-def split_logits(
-    folder: Path, tp_size: int, sp_size: int, layout: str, share_kv: bool = False
-) -> list[Tensor]:
+def split_logits(folder: Path, tp_size: int, sp_size: int, layout: str, share_kv: bool = False) -> list[Tensor]:
     """Every rank's logits; with `share_kv` each SP rank projects the keys of some rows and gets the rest."""
     config, world = ModelConfig.load(folder), tp_size * sp_size
     shards = [Shard.of_rank(rank, tp_size, sp_size, layout) for rank in range(world)]
@@ -268,9 +266,7 @@ def split_logits(
         group, kv_group = groups[tuple(shard.group_ranks())], kv_groups[shard.tp_rank]
         kv_rows, exchange = slice(None), lambda kv: kv
         if share_kv:
-            kv_rows = slice(
-                NUM_TOKENS * shard.sp_rank // sp_size, NUM_TOKENS * (shard.sp_rank + 1) // sp_size
-            )
+            kv_rows = slice(NUM_TOKENS * shard.sp_rank // sp_size, NUM_TOKENS * (shard.sp_rank + 1) // sp_size)
             exchange = lambda kv: torch.cat(kv_group.exchange(shard.sp_rank, kv))  # noqa: E731
         try:
             decoder = load(folder, config, shard, LockstepCollectives(group, shard.group_rank))
@@ -296,9 +292,7 @@ SPLITS = [
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("tp_size", "sp_size", "layout"), SPLITS)
-def test_split_weights_give_the_same_logits_on_every_rank(
-    family, tp_size, sp_size, layout, checkpoint, expected
-):
+def test_split_weights_give_the_same_logits_on_every_rank(family, tp_size, sp_size, layout, checkpoint, expected):
     folder = checkpoint(family)
     for logits in split_logits(folder, tp_size, sp_size, layout):
         assert error(logits, expected(folder)) < TOLERANCE
