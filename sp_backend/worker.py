@@ -76,17 +76,17 @@ class Worker:
         self._shard = shard
         self._plans = plans_of(config, model)
         transport = GlooTransport.create(config.world_size, config.sp_size, rank, config.dist_timeout)
-        self._decoder = Decoder(model, shard, dtype, device, self._collectives())
+        self.decoder = Decoder(model, shard, dtype, device, self._collectives())
         if config.load_format == "dummy":
-            self._decoder.fill_dummy(config.seed)
+            self.decoder.fill_dummy(config.seed)
         else:
-            self._decoder.load(config.model_path, progress=rank == 0 and sys.stderr.isatty())
+            self.decoder.load(config.model_path, progress=rank == 0 and sys.stderr.isatty())
         self._num_pages = self._page_budget(model, dtype)
         self._cache = KVCache(
             num_layers=model.num_layers,
             num_pages=self._num_pages,
             page_size=config.page_size,
-            num_kv_heads=self._decoder.num_kv_heads,
+            num_kv_heads=self.decoder.num_kv_heads,
             head_dim=model.head_dim,
             dtype=dtype,
             device=device,
@@ -121,39 +121,43 @@ class Worker:
             page_size=self._config.page_size,
             plan_digests={name: plan.digest for name, plan in self._plans.items()},
             load_seconds=self._load_seconds,
-            weight_bytes=self._decoder.weight_bytes,
+            weight_bytes=self.decoder.weight_bytes,
             kv_bytes=self._cache.nbytes,
         )
 
-    @torch.inference_mode()
     def step(self, step: Step) -> StepResult:
         began = time.monotonic()
         batch, hidden = self.forward(step)
-        tokens = self._sample(batch, hidden)
-        counters = [executor.counters for executor in self._executors.values()]
-        return StepResult(
-            step_id=step.step_id,
-            rank=self._rank,
-            tokens=tokens,
-            seconds=time.monotonic() - began,
-            query_key_pairs=round(sum(c.query_key_pairs for c in counters) / self._decoder.config.num_layers),
-            bytes_sent=sum(c.bytes_sent for c in counters),
-            wait_seconds=sum(c.wait_seconds for c in counters),
-            pages_held=self._builder.pages_held,
-        )
+        return self.finish(step.step_id, batch, hidden, began)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> tuple[LocalBatch, torch.Tensor]:
         """Lay the step out and run the model: this rank's rows and their hidden states [n, hidden]."""
         batch = self._builder.build(step)
-        attention = StepAttention(batch, self._cache, self._executors, self._decoder.config.windows)
-        return batch, self._decoder.forward(batch.tokens, batch.positions, attention)
+        attention = StepAttention(batch, self._cache, self._executors, self.decoder.config.windows)
+        return batch, self.decoder.forward(batch.tokens, batch.positions, attention)
+
+    @torch.inference_mode()
+    def finish(self, step_id: int, batch: LocalBatch, hidden: torch.Tensor, began: float) -> StepResult:
+        """Draw the tokens that the batch asks for, and report."""
+        tokens = self._sample(batch, hidden)
+        counters = [executor.counters for executor in self._executors.values()]
+        return StepResult(
+            step_id=step_id,
+            rank=self._rank,
+            tokens=tokens,
+            seconds=time.monotonic() - began,
+            query_key_pairs=round(sum(c.query_key_pairs for c in counters) / self.decoder.config.num_layers),
+            bytes_sent=sum(c.bytes_sent for c in counters),
+            wait_seconds=sum(c.wait_seconds for c in counters),
+            pages_held=self._builder.pages_held,
+        )
 
     def _sample(self, batch: LocalBatch, hidden: torch.Tensor) -> list[SampledToken]:
         """Ranks that share a vocabulary compute logits together; the first of them draws."""
         if not batch.samples:
             return []
-        logits = self._decoder.logits(hidden[[row.row for row in batch.samples]])
+        logits = self.decoder.logits(hidden[[row.row for row in batch.samples]])
         if self._shard.group_rank != 0:
             return []
         samples = sample(logits, [row.sampling for row in batch.samples], [row.position for row in batch.samples])
@@ -186,7 +190,7 @@ class Worker:
         per_page = KVCache.bytes_per_page(
             num_layers=model.num_layers,
             page_size=self._config.page_size,
-            num_kv_heads=self._decoder.num_kv_heads,
+            num_kv_heads=self.decoder.num_kv_heads,
             head_dim=model.head_dim,
             itemsize=dtype.itemsize,
         )

@@ -1,0 +1,120 @@
+"""The real worker on the shared pool of gloo ranks, driven by the real controller: no server, no new processes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from scheduler.config import SchedulerConfig
+from scheduler.controller import Controller
+from scheduler.request import GenerateRequest, Output
+from sp_backend.commands import Sampling, Step, StepResult
+from sp_backend.config import BackendConfig
+from sp_backend.kernels import Attention, get_kernel
+from sp_backend.state import AttentionState
+from sp_backend.worker import Worker
+from tests.ranks import run_on_ranks
+
+GREEDY = Sampling(temperature=0.0)
+_worker: dict[str, Worker] = {}  # in each rank's process: the one built last
+
+Logits = dict[int, np.ndarray[Any, Any]]  # position -> [vocab]
+
+
+def build(rank: int, size: int, config: BackendConfig) -> dict[str, str]:
+    _worker["it"] = Worker(config, rank)
+    return _worker["it"].ready().plan_digests
+
+
+def step(rank: int, size: int, steps: list[Step], with_logits: bool) -> tuple[StepResult, Logits]:
+    """A step on one rank, and the logits of every row that it computes."""
+    worker = _worker["it"]
+    mine = steps[rank % len(steps)]
+    batch, hidden = worker.forward(mine)
+    logits: Logits = {}
+    if with_logits and len(hidden):
+        logits = dict(zip(batch.positions.tolist(), worker.decoder.logits(hidden).numpy(), strict=True))
+    return worker.finish(mine.step_id, batch, hidden, time.monotonic()), logits
+
+
+class RankWorkers:
+    """A `Workers` over the pool. While `logits` is set, every position's are added to it."""
+
+    def __init__(self, config: BackendConfig) -> None:
+        self._config = config
+        self._results: list[StepResult] | None = None
+        self.logits: Logits | None = None
+        digests = run_on_ranks(config.world_size, build, config)
+        assert all(digest == digests[0] for digest in digests)
+
+    def submit(self, steps: list[Step]) -> None:
+        answers = run_on_ranks(self._config.world_size, step, steps, self.logits is not None)
+        self._results = [result for result, _ in answers]
+        for _, logits in answers:
+            if self.logits is not None:
+                self.logits |= logits
+
+    def poll(self, timeout: float) -> list[StepResult] | None:
+        results, self._results = self._results, None
+        return results
+
+
+class Engine:
+    """Controller and workers; `complete` runs requests together to their end."""
+
+    def __init__(self, config: BackendConfig, scheduler: SchedulerConfig) -> None:
+        self.backend = config
+        self.workers = RankWorkers(config)
+        self._outputs: dict[str, list[Output]] = defaultdict(list)
+        assert config.num_pages is not None
+        self.controller = Controller(scheduler, config, self.workers, config.num_pages, self._collect)
+        self._num_requests = 0
+
+    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        names = [f"request-{self._num_requests + i}" for i in range(len(prompts))]
+        self._num_requests += len(prompts)
+        for name, prompt in zip(names, prompts, strict=True):
+            self.controller.submit(GenerateRequest(name, prompt, max_tokens, GREEDY))
+        while self.controller.step():
+            pass
+        assert self.controller.healthy() is None, self.controller.healthy()
+        return [[t.token for output in self._outputs[name] for t in output.tokens] for name in names]
+
+    def cached_tokens(self, number: int) -> int:
+        return self._outputs[f"request-{number}"][-1].cached_tokens
+
+    def _collect(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self._outputs[output.request_id].append(output)
+
+
+def sabotage(rank: int, size: int, config: BackendConfig, how: str) -> None:
+    """Builds a worker that is wrong in one way, to show that the comparison notices."""
+    if how == "base-2 LSE":
+        kernel = get_kernel(config.kernel)
+        with mock.patch("sp_backend.worker.get_kernel", return_value=lambda work: _in_base_2(kernel(work))):
+            build(rank, size, config)
+        return
+    build(rank, size, config)
+    worker = _worker["it"]
+    if how == "wrong RoPE factor":
+        worker.decoder._inv_freq *= 0.98
+    elif how == "dropped KV block":
+        read = worker._cache.read
+        worker._cache.read = lambda layer, rows: read(layer, rows) * (rank != 0)  # type: ignore[method-assign]
+    else:
+        raise ValueError(how)
+
+
+def _in_base_2(attention: Attention) -> Attention:
+    def attend(q: torch.Tensor, kv: torch.Tensor) -> AttentionState:
+        state = attention(q, kv)
+        return AttentionState(state.out, state.lse / math.log(2))
+
+    return attend
