@@ -85,9 +85,7 @@ def check(plan: Plan) -> Report:
         folds = replay.slots.pop((rank, block.chunk), [])
         replay.errors += _coverage(plan.layout, block, folds)
         replay.errors += sample.count(block, folds)
-    replay.errors += [
-        f"state left behind: q{c} on rank {r}" for (r, c), folds in replay.slots.items() if folds
-    ]
+    replay.errors += [f"state left behind: q{c} on rank {r}" for (r, c), folds in replay.slots.items() if folds]
     unused = [key for key in replay.arrived if key not in replay.last_use]
     replay.errors += [f"delivered in vain: {block} to rank {rank}" for rank, block in unused]
     return Report(tuple(replay.errors), _peak(replay, plan, Q), _peak(replay, plan, KV))
@@ -112,6 +110,7 @@ _Arrivals = tuple[list[tuple[int, Block]], list[tuple[int, int, list[_Fold]]]]
 def _transfers(replay: _Replay, transfers: tuple[Transfer, ...], when: int) -> _Arrivals:
     ranks = range(replay.layout.num_ranks)
     blocks: list[tuple[int, Block]] = []
+    coming: dict[tuple[int, str, int], list[Block]] = defaultdict(list)
     states: list[tuple[int, int, list[_Fold]]] = []
     for t in transfers:
         problem = _malformed(replay.layout, t.block)
@@ -121,12 +120,12 @@ def _transfers(replay: _Replay, transfers: tuple[Transfer, ...], when: int) -> _
             taken, problem = _take_state(replay, t)
             states.append((t.dst, t.block.chunk, taken))
         elif problem is None:
-            there = replay.held[t.dst, t.block.operand, t.block.chunk]
-            coming = [b for rank, b in blocks if rank == t.dst]
+            key = (t.dst, t.block.operand, t.block.chunk)
             if not replay.use(t.src, t.block, when):
                 problem = "not held"
-            elif any(b.overlaps(t.block) for b in (*there, *coming)):
+            elif any(b.overlaps(t.block) for b in replay.held[key] + coming[key]):
                 problem = "already there"
+            coming[key].append(t.block)
             blocks.append((t.dst, t.block))
         if problem:
             replay.errors.append(f"round {when}: {problem}: {t}")
@@ -147,11 +146,7 @@ def _take_state(replay: _Replay, t: Transfer) -> tuple[list[_Fold], str | None]:
 
 def _attend(replay: _Replay, a: Attend, when: int) -> None:
     layout, problem = replay.layout, None
-    if (
-        a.rank not in range(layout.num_ranks)
-        or (a.q.operand, a.kv.operand) != (Q, KV)
-        or a.q.heads != a.kv.heads
-    ):
+    if a.rank not in range(layout.num_ranks) or (a.q.operand, a.kv.operand) != (Q, KV) or a.q.heads != a.kv.heads:
         problem = "malformed"
     else:
         problem = _malformed(layout, a.q) or _malformed(layout, a.kv)

@@ -6,8 +6,8 @@ Down, the 2nd rank of 4 (zigzag, no history; what prune left):
     round 2  kv3>0     q6: kv3 kv4      chunk 4 lies behind every query of rank 0: dropped
     round 3            q1: kv0  q6: kv0
 Downwards, the back half of a block is dropped where it wraps around to rank P-1: 3/4 of the bytes of the new
-tokens under zigzag. Upwards every block goes all the way round. History chunks are seen by all and save
-nothing.
+tokens under zigzag. Upwards nearly every block must go all the way round. History, which every query sees,
+saves nothing either way.
 """
 
 from __future__ import annotations

@@ -1,0 +1,222 @@
+"""The proof catches what it must: hand-made mistakes, and thousands of random ones."""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sp_backend.check import check
+from sp_backend.layout import CAUSAL, EMPTY, FULL, KV, STATE, Block, Layout, Q
+from sp_backend.plan import Plan, Round, Transfer
+from sp_backend.strategies import STRATEGIES, plan_for
+from tests.lockstep import Batch, Request, error, run_lockstep
+
+SIZES = {"num_heads": 6, "num_kv_heads": 3}
+
+
+def edit(plan: Plan, index: int, change: Callable[[list[Any], list[Any]], None]) -> Plan:
+    """The plan with round `index` changed in place by change(transfers, attends)."""
+    rounds = list(plan.rounds)
+    transfers, attends = list(rounds[index].transfers), list(rounds[index].attends)
+    change(transfers, attends)
+    rounds[index] = Round(tuple(transfers), tuple(attends))
+    return replace(plan, rounds=tuple(rounds))
+
+
+def errors(plan: Plan) -> str:
+    return "\n".join(check(plan).errors)
+
+
+@pytest.fixture
+def ring() -> Plan:
+    return plan_for("ring_pass_kv", num_ranks=3, **SIZES)
+
+
+@pytest.fixture
+def token_ring() -> Plan:
+    return plan_for("token_ring", num_ranks=3, **SIZES)
+
+
+def test_a_block_that_never_arrives(ring: Plan) -> None:
+    assert "not held: Attend" in errors(edit(ring, 0, lambda ts, _: ts.pop(0)))
+
+
+def test_a_block_used_in_the_round_of_its_arrival(ring: Plan) -> None:
+    merged = Round(ring.rounds[0].transfers, ring.rounds[0].attends + ring.rounds[1].attends)
+    assert "not held" in errors(replace(ring, rounds=(merged, replace(ring.rounds[1], attends=()), *ring.rounds[2:])))
+
+
+def test_a_pair_that_is_missing_or_seen_twice(ring: Plan) -> None:
+    assert "missing" in errors(edit(ring, 1, lambda _, ats: ats.pop()))
+    assert "too often" in errors(edit(ring, 1, lambda _, ats: ats.append(ats[0])))
+
+
+def test_a_wrong_mask(ring: Plan) -> None:
+    def unmask(_: list[Any], attends: list[Any]) -> None:
+        i = next(i for i, a in enumerate(attends) if a.mask == CAUSAL)
+        attends[i] = replace(attends[i], mask=FULL)
+
+    found = errors(edit(ring, 0, unmask))
+    assert "wrong mask" in found and "is not seen once" in found  # by symbols and by counting tokens
+
+
+def test_deliveries_twice_or_in_vain(ring: Plan) -> None:
+    again = ring.rounds[0].transfers[0]
+    assert "already there" in errors(edit(ring, 0, lambda ts, _: ts.append(again)))
+    assert "already there" in errors(edit(ring, 1, lambda ts, _: ts.append(again)))
+    half = replace(again, block=replace(again.block, piece=(0, 2)))
+    assert "already there" in errors(edit(ring, 1, lambda ts, _: ts.append(half)))
+    useless = Transfer(Block(Q, 0, (0, 6)), 0, 1)
+    assert "delivered in vain" in errors(edit(ring, 0, lambda ts, _: ts.append(useless)))
+
+
+def test_states_lost_left_behind_or_sent_empty(token_ring: Plan) -> None:
+    last = len(token_ring.rounds) - 1
+    found = errors(edit(token_ring, last, lambda ts, _: ts.pop()))
+    assert "state left behind" in found and "missing" in found
+    state = next(t for t in token_ring.rounds[last].transfers)
+    assert "empty state sent" in errors(edit(token_ring, last, lambda ts, _: ts.append(state)))
+    part = replace(state, block=replace(state.block, heads=(0, 3)))
+    assert "cut across heads" in errors(edit(token_ring, last, lambda ts, _: ts.__setitem__(0, part)))
+
+
+def test_malformed_instructions(ring: Plan) -> None:
+    block = Block(KV, 0, (0, 6))
+    for transfer, reason in [
+        (Transfer(block, 0, 0), "bad link"),
+        (Transfer(block, 0, 3), "bad link"),
+        (Transfer(replace(block, chunk=9), 0, 1), "no such chunk"),
+        (Transfer(replace(block, heads=(0, 7)), 0, 1), "no such heads"),
+        (Transfer(replace(block, piece=(2, 2)), 0, 1), "no such piece"),
+        (Transfer(Block(Q, 0, (0, 6), (0, 2)), 0, 1), "only KV is cut"),
+    ]:
+        assert reason in errors(edit(ring, 0, lambda ts, _, t=transfer: ts.append(t)))  # type: ignore[misc]
+
+
+def test_pieces_of_a_chunk_may_travel_apart_but_must_all_come() -> None:
+    """Rank 1 attends chunk 0 in two halves, as strategies with several rings do."""
+    plan = plan_for("ring_pass_kv", num_ranks=2, kind="contiguous", **SIZES)
+
+    def halve(x: Any) -> list[Any]:
+        name = "block" if isinstance(x, Transfer) else "kv"
+        return [replace(x, **{name: replace(getattr(x, name), piece=(i, 2))}) for i in range(2)]
+
+    def cut(transfers: list[Any], attends: list[Any]) -> None:
+        transfers[:] = [h for t in transfers for h in halve(t)]
+        attends[:] = [h for a in attends for h in (halve(a) if a.mask == FULL else [a])]
+
+    halves = edit(edit(plan, 0, cut), 1, cut)
+    assert not errors(halves)
+    assert "missing" in errors(edit(halves, 1, lambda _, ats: ats.pop()))
+    batch = Batch(halves.layout, [Request(13, 9), Request(4)])
+    assert error(run_lockstep(halves, batch).outs, batch.expected()) < 1e-5
+
+
+def blocking_rendezvous(plan: Plan, receives_first: bool) -> bool:
+    """Whether all ranks finish if each send waits until its receiver has posted the receive, in order."""
+    streams = []
+    for rank in range(plan.layout.num_ranks):
+        steps: list[tuple[str, tuple[int, int]]] = []
+        for r in plan.for_rank(rank):
+            posts = [("receive", (t.src, rank)) for t in r.receives]
+            sends = [("send", (rank, t.dst)) for t in r.sends]
+            steps += posts + sends if receives_first else sends + posts
+        streams.append(steps)
+    posted: dict[tuple[int, int], int] = defaultdict(int)
+    at = [0] * len(streams)
+    moved = True
+    while moved:
+        moved = False
+        for rank, steps in enumerate(streams):
+            while at[rank] < len(steps):
+                what, link = steps[at[rank]]
+                if what == "send" and not posted[link]:
+                    break
+                posted[link] += 1 if what == "receive" else -1
+                at[rank] += 1
+                moved = True
+    return all(i == len(s) for i, s in zip(at, streams, strict=True))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
+def test_no_plan_deadlocks_even_if_every_send_blocks(num_ranks: int) -> None:
+    for name, strategy in STRATEGIES.items():
+        for kind in strategy.kinds:
+            plan = plan_for(name, num_ranks=num_ranks, num_heads=8 * num_ranks, num_kv_heads=8, kind=kind)
+            assert blocking_rendezvous(plan, receives_first=True), name
+    ring = plan_for("ring_pass_kv", num_ranks=num_ranks, num_heads=8, num_kv_heads=8)
+    assert not blocking_rendezvous(ring, receives_first=False)  # the order of posting is what prevents it
+
+
+class Mutator:
+    """Changes one instruction of a plan at random."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def mutate(self, plan: Plan) -> Plan:
+        rounds = [(list(r.transfers), list(r.attends)) for r in plan.rounds]
+        spots = [(i, k, j) for i, r in enumerate(rounds) for k in (0, 1) for j in range(len(r[k]))]
+        i, k, j = self.random.choice(spots)
+        lines, line = rounds[i][k], rounds[i][k][j]
+        match self.random.choice(["delete", "duplicate", "move", "move", "edit", "edit", "edit", "edit"]):
+            case "delete":
+                lines.pop(j)
+            case "duplicate":
+                self.random.choice(rounds)[k].append(line)
+            case "move":
+                lines.pop(j)
+                to = i + self.random.choice([-1, 1])
+                if not 0 <= to < len(rounds):
+                    rounds.insert(max(to, 0), ([], []))
+                    to = max(to, 0)
+                rounds[to][k].append(line)
+            case _:
+                lines[j] = self.edit(plan.layout, line)
+        return replace(plan, rounds=tuple(Round(tuple(t), tuple(a)) for t, a in rounds))
+
+    def edit(self, lay: Layout, line: Any) -> Any:
+        pick = self.random.choice
+        if isinstance(line, Transfer):
+            name = pick(["src", "dst", "block"])
+            if name == "block":
+                return replace(line, block=self.block(lay, line.block))
+            return replace(line, **{name: pick(range(lay.num_ranks))})
+        name = pick(["rank", "mask", "q", "kv"])
+        if name == "rank":
+            return replace(line, rank=pick(range(lay.num_ranks)))
+        if name == "mask":
+            return replace(line, mask=pick([EMPTY, CAUSAL, FULL]))
+        return replace(line, **{name: self.block(lay, getattr(line, name))})
+
+    def block(self, lay: Layout, block: Block) -> Block:
+        pick, heads = self.random.choice, lay.num_heads
+        match pick(["chunk", "heads", "piece", "operand"]):
+            case "chunk":
+                return replace(block, chunk=pick(range(lay.num_chunks)))
+            case "heads":
+                return replace(block, heads=pick([(0, heads), (0, heads // 2), (heads // 2, heads), (1, 2)]))
+            case "piece":
+                return replace(block, piece=pick([(0, 1), (0, 2), (1, 2), (2, 3)]))
+            case _:
+                return replace(block, operand=pick([Q, KV, STATE]))
+
+
+def test_every_mutant_that_is_proven_is_correct() -> None:
+    plans = [plan_for(n, num_ranks=p, kind=k, **SIZES) for p in (2, 3) for n, s in STRATEGIES.items() for k in s.kinds]
+    mutator, killed, survived = Mutator(seed=1), 0, 0
+    for i in range(4000):
+        plan = plans[i % len(plans)]
+        mutant = mutator.mutate(plan)
+        if mutant == plan:
+            continue
+        if check(mutant).errors:
+            killed += 1
+            continue
+        survived += 1
+        batch = Batch(mutant.layout, [Request(11, 9), Request(3, home=1)], head_dim=4)
+        assert error(run_lockstep(mutant, batch).outs, batch.expected()) < 1e-5, mutant.table()
+    assert killed > 2500 and survived > 50  # reordered, split or rerouted without harm

@@ -1,0 +1,216 @@
+"""Every plan, all ranks in lockstep, against full attention in fp64: outputs, bytes and counters."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from sp_backend.buffers import BufferPool, as_bytes, join_rows
+from sp_backend.execute import Executor
+from sp_backend.geometry import Geometry, predicted_bytes, query_key_pairs
+from sp_backend.kernels import Attention, Work, get_kernel
+from sp_backend.kernels.reference import kernel as reference
+from sp_backend.layout import Block
+from sp_backend.plan import Plan
+from sp_backend.state import AttentionState
+from sp_backend.strategies import STRATEGIES, plan_for
+from sp_backend.transport.lockstep import LockstepNetwork
+from tests.lockstep import Batch, Request, error, run_lockstep
+
+RAGGED = [Request(37, 20), Request(3, home=1), Request(1, 50, 1), Request(0, 5), Request(16, 3, 2), Request(1, 9, 3)]
+HEADS = [(12, 4), (8, 1), (8, 2), (4, 4)]
+CASES = [
+    (name, kind, redundant)
+    for name, strategy in STRATEGIES.items()
+    for kind in strategy.kinds
+    for redundant in ((False, True) if kind == "heads" else (False,))
+]
+NAMES = [f"{n}-{k}{'-redundant' * r}" for n, k, r in CASES]
+
+
+def plans(name: str, kind: str, redundant: bool, ranks: list[int], causal: bool = True) -> list[Plan]:
+    return [
+        plan_for(
+            name,
+            num_ranks=p,
+            num_heads=h,
+            num_kv_heads=k,
+            kind=kind,  # type: ignore[arg-type]
+            redundant_kv=redundant,
+            causal=causal,
+        )
+        for p, (h, k) in product(ranks, HEADS)
+        if kind != "heads" or h % p == 0
+    ]
+
+
+@pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
+def test_ragged_batches_with_history_equal_full_attention(name: str, kind: str, redundant: bool) -> None:
+    for plan in plans(name, kind, redundant, [1, 2, 3, 4, 8]):
+        batch = Batch(plan.layout, RAGGED)
+        result = run_lockstep(plan, batch)
+        assert error(result.outs, batch.expected()) < 1e-5
+        assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
+
+
+@pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
+def test_without_a_causal_mask_every_query_sees_every_key(name: str, kind: str, redundant: bool) -> None:
+    for plan in plans(name, kind, redundant, [2, 3], causal=False):
+        batch = Batch(plan.layout, RAGGED)
+        assert error(run_lockstep(plan, batch, kernel=get_kernel("torch_cpu")).outs, batch.expected()) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
+@pytest.mark.parametrize("window", [1, 6, 1000])
+def test_sliding_windows(name: str, kind: str, redundant: bool, window: int) -> None:
+    for plan in plans(name, kind, redundant, [2, 4])[::2]:
+        batch = Batch(plan.layout, RAGGED)
+        for kernel in ("reference", "torch_cpu"):
+            outs = run_lockstep(plan, batch, kernel=get_kernel(kernel), window=window).outs
+            assert error(outs, batch.expected(window)) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
+def test_torch_cpu_kernel_in_bfloat16(name: str, kind: str, redundant: bool) -> None:
+    """As close to fp64 as partial results rounded to bf16 can be: a small multiple of bf16's 2^-9."""
+    for plan in plans(name, kind, redundant, [1, 3, 4]):
+        batch = Batch(plan.layout, RAGGED, dtype=torch.bfloat16)
+        result = run_lockstep(plan, batch, kernel=get_kernel("torch_cpu"))
+        assert error(result.outs, batch.expected()) < 0.03
+        assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 2)
+
+
+def test_sixteen_ranks() -> None:
+    for name, kind, redundant in CASES:
+        plan = plan_for(name, num_ranks=16, num_heads=16, num_kv_heads=2, kind=kind, redundant_kv=redundant)
+        batch = Batch(plan.layout, [Request(70, 40), Request(1, 33, 5)])
+        assert error(run_lockstep(plan, batch).outs, batch.expected()) < 1e-5
+
+
+def test_counters_agree_with_predictions() -> None:
+    plan = plan_for("ring_pass_kv", num_ranks=4, num_heads=8, num_kv_heads=2)
+    batch = Batch(plan.layout, RAGGED)
+    links = predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
+    for rank, executor in enumerate(run_lockstep(plan, batch, layers=3).executors):
+        sent = sum(n for by in links for (src, _), n in by.items() if src == rank)
+        assert executor.counters.bytes_sent == 3 * sent
+        assert executor.counters.query_key_pairs == 3 * query_key_pairs(plan, batch.geometry, rank)
+        assert executor.counters.wait_seconds > 0 and executor.counters.kernel_calls > 0
+
+
+def test_every_pair_of_a_sequence_is_attended_by_some_rank() -> None:
+    for name, kind, redundant in CASES:
+        plan = plan_for(name, num_ranks=4, num_heads=8, num_kv_heads=2, kind=kind, redundant_kv=redundant)
+        batch = Batch(plan.layout, RAGGED)
+        pairs = sum(query_key_pairs(plan, batch.geometry, r) for r in range(4))
+        assert pairs == sum(s.cached * s.new + s.new * (s.new + 1) / 2 for s in RAGGED)
+
+
+def test_layers_reuse_their_buffers() -> None:
+    plan = plan_for("token_ring", num_ranks=4, num_heads=8, num_kv_heads=2)
+    batch = Batch(plan.layout, RAGGED)
+
+    def held(layers: int) -> list[int]:
+        return [e.pool.num_free_bytes for e in run_lockstep(plan, batch, layers=layers).executors]
+
+    assert held(8) == held(4) and min(held(1)) > 0
+
+
+def test_a_long_step_then_a_short_one_then_an_empty_one() -> None:
+    plan = plan_for("ring_pass_kv", num_ranks=2, num_heads=4, num_kv_heads=2)
+    network = LockstepNetwork(1)
+    alone = plan_for("ring_pass_kv", num_ranks=1, num_heads=4, num_kv_heads=2)
+    executor = Executor(alone, 0, reference, network.rank(0), head_dim=8, dtype=torch.float32)
+    assert plan.rounds != alone.rounds
+    for requests in ([Request(40, 7)], [Request(2)], [Request(0, 3)], []):
+        batch = Batch(alone.layout, requests) if requests else None
+        geometry = batch.geometry if batch else Geometry([])
+        q, kv = (batch.q_of(0), batch.kv_of(0)) if batch else ({}, {})
+        states = executor.run(executor.schedule(geometry), q, kv)
+        assert sorted(states) == [0, 1]
+        assert sum(len(s.out) for s in states.values()) == sum(r.new for r in requests)
+        if batch:
+            outs = batch.gather([{c: s.out for c, s in states.items()}])
+            assert error(outs, batch.expected()) < 1e-5
+
+
+def test_what_cannot_be_run_is_refused() -> None:
+    plan = plan_for("local", num_ranks=1, num_heads=4, num_kv_heads=2, causal=False)
+    wire = LockstepNetwork(1).rank(0)
+    with pytest.raises(ValueError, match="head_dim must be even"):
+        Executor(plan, 0, reference, wire, head_dim=7, dtype=torch.float32)
+    with pytest.raises(ValueError, match="window needs causal"):
+        Executor(plan, 0, reference, wire, head_dim=8, dtype=torch.float32).schedule(Geometry([[3, 0]]), window=2)
+
+
+def base_two(work: Work) -> Attention:
+    """A kernel that reports its lse in base 2, as some GPU kernels do."""
+
+    def attend(q: Tensor, kv: Tensor) -> AttentionState:
+        state = reference(work)(q, kv)
+        return AttentionState(state.out, state.lse / math.log(2))
+
+    return attend
+
+
+def forgetful(work: Work) -> Attention:
+    """A kernel that drops the last key of every span."""
+
+    def attend(q: Tensor, kv: Tensor) -> AttentionState:
+        spans = tuple(s._replace(k_hi=s.k_hi - 1) for s in work.spans)
+        return reference(Work(spans, False, work.heads, work.head_dim, work.scale, work.num_queries))(q, kv)
+
+    return attend
+
+
+@pytest.mark.parametrize("name", [n for n in STRATEGIES if n != "local"])
+def test_these_tests_would_notice_a_wrong_kernel(name: str) -> None:
+    plan = plan_for(name, num_ranks=2, num_heads=4, num_kv_heads=2)
+    batch = Batch(plan.layout, RAGGED)
+    for wrong in (base_two, forgetful):
+        assert error(run_lockstep(plan, batch, kernel=wrong).outs, batch.expected()) > 1e-2
+
+
+def test_these_tests_would_notice_a_key_block_that_was_not_attended() -> None:
+    plan = plan_for("ring_pass_kv", num_ranks=2, num_heads=4, num_kv_heads=2)
+    batch = Batch(plan.layout, RAGGED)
+    for i, call in [(i, c) for i, r in enumerate(plan.rounds) for c in r.attends]:
+        rounds = list(plan.rounds)
+        kept = tuple(a for a in rounds[i].attends if a != call)
+        rounds[i] = type(rounds[i])(rounds[i].transfers, kept)
+        broken = Plan(plan.name, plan.layout, tuple(rounds))
+        assert error(run_lockstep(broken, batch).outs, batch.expected()) > 1e-2
+
+
+def test_pieces_are_cut_from_each_sequence() -> None:
+    geometry = Geometry([[5], [0], [4]])
+    assert geometry.ranges(Block("KV", 0, (0, 1), (1, 2))) == [(2, 5), (0, 0), (2, 4)]
+    assert geometry.spans(Block("KV", 0, (0, 1), (1, 2))) == [(0, 3), (3, 3), (3, 5)]
+    assert geometry.num_rows(Block("KV", 0, (0, 1), (1, 2))) == 5
+
+
+def test_tensors_that_lie_together_are_joined_without_a_copy() -> None:
+    whole = torch.arange(24.0).view(6, 2, 2)
+    a, b = whole[:2], whole[2:5]
+    joined = join_rows([a, b])
+    assert joined.data_ptr() == a.data_ptr() and torch.equal(joined, whole[:5])
+    assert torch.equal(join_rows([b, a]), torch.cat([b, a]))
+    heads = join_rows([a[:, 1:], b[:, 1:]])  # strided rows too
+    assert heads.data_ptr() == a[:, 1:].data_ptr() and torch.equal(heads, whole[:5, 1:])
+    flat = as_bytes([a, b])
+    assert flat is not None and flat.data_ptr() == a.data_ptr() and flat.numel() == whole[:5].nbytes
+    assert as_bytes([b, a]) is None and as_bytes([a[:, 1:]]) is None
+
+
+def test_the_buffer_pool_gives_back_what_fits_and_grows_what_does_not() -> None:
+    pool = BufferPool()
+    first = pool.take(100)
+    pool.give(first)
+    again = pool.take(50)
+    assert again.data_ptr() == first.data_ptr() and again.shape == (50,)
+    pool.give(again)
+    assert pool.num_free_bytes == 100
+    pool.give(pool.take(200))
+    assert pool.num_free_bytes == 200

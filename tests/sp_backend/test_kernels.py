@@ -1,0 +1,150 @@
+"""Each kernel against the reference in fp64: masks, heads, windows, empty rows, low precision."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sp_backend.kernels import HeadMap, HeadRun, Span, Work, get_kernel
+from sp_backend.state import AttentionState
+
+FAST = ["torch_cpu"]
+
+
+def make_work(
+    lengths: list[tuple[int, int]],
+    *,
+    heads: HeadMap,
+    head_dim: int = 16,
+    causal: bool = False,
+    window: int | None = None,
+    offset: int = 0,
+) -> tuple[Work, torch.Tensor, torch.Tensor]:
+    """Spans of the given (queries, keys), with a gap of unused rows before each; and random q, kv in fp64."""
+    spans, num_q, num_k = [], 0, 0
+    q_positions, k_positions = [], []
+    for queries, keys in lengths:
+        num_q, num_k = num_q + 1, num_k + 2
+        spans.append(Span(num_q, num_q + queries, num_k, num_k + keys))
+        q_positions += [0, *range(offset + keys - queries, offset + keys)]
+        k_positions += [0, 0, *range(0, 2 * keys, 2)] if window and not causal else [0, 0, *range(keys)]
+        num_q, num_k = num_q + queries, num_k + keys
+    work = Work(
+        tuple(spans),
+        causal,
+        heads,
+        head_dim,
+        scale=0.3,
+        num_queries=num_q,
+        window=window,
+        q_positions=torch.tensor(q_positions) if window else None,
+        k_positions=torch.tensor(k_positions) if window else None,
+    )
+    generator = torch.Generator().manual_seed(num_q * 100 + num_k)
+    q = torch.randn(num_q, heads.num_heads, head_dim, generator=generator, dtype=torch.float64)
+    kv_heads = heads.kv_index()[-1] + 1
+    kv = torch.randn(num_k, 2, kv_heads, head_dim, generator=generator, dtype=torch.float64)
+    return work, q * 2, kv
+
+
+def differences(a: AttentionState, b: AttentionState) -> tuple[float, float]:
+    """Of out, and of lse where keys were seen; both must agree on where none were."""
+    blind = b.lse == -math.inf
+    assert torch.equal(a.lse == -math.inf, blind)
+    assert a.out[blind].eq(0).all() and not a.out.isnan().any()
+    lse = (a.lse - b.lse).masked_fill(blind, 0.0)
+    return float((a.out - b.out).abs().max()), float(lse.abs().max())
+
+
+def compare(name: str, work: Work, q: torch.Tensor, kv: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    q, kv = q.to(dtype), kv.to(dtype)
+    state = get_kernel(name)(work)(q, kv)
+    assert state.out.dtype == state.lse.dtype == torch.float32
+    return differences(state, get_kernel("reference")(work)(q.double(), kv.double()))
+
+
+HEAD_MAPS = [HeadMap(0, 4, 1), HeadMap(0, 8, 4), HeadMap(2, 4, 8), HeadMap(4, 8, 3), HeadMap(1, 8, 3)]
+LENGTHS = [[(40, 40)], [(1, 300)], [(5, 70), (1, 1), (0, 9), (9, 0), (17, 33)], [(30, 7)], [], [(0, 0)]]
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("heads", HEAD_MAPS, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_ragged_spans_masks_and_heads(name: str, heads: HeadMap, causal: bool, lengths: list[tuple[int, int]]) -> None:
+    work, q, kv = make_work(lengths, heads=heads, causal=causal)
+    if not len(q):
+        state = get_kernel(name)(work)(q.float(), kv.float())
+        assert state.out.shape == (0, heads.num_heads, 16)
+        return
+    out, lse = compare(name, work, q, kv, torch.float32)
+    assert out < 1e-5 and lse < 1e-5
+
+
+@pytest.mark.parametrize("name", FAST)
+@settings(max_examples=60, deadline=None)
+@given(
+    queries=st.integers(1, 600),
+    keys=st.integers(1, 700),
+    window=st.integers(1, 400),
+    offset=st.integers(-50, 400),
+    causal=st.booleans(),
+)
+def test_windows_by_position(name: str, queries: int, keys: int, window: int, offset: int, causal: bool) -> None:
+    work, q, kv = make_work(
+        [(queries, keys), (1, 5)], heads=HeadMap(0, 4, 2), causal=causal, window=window, offset=offset
+    )
+    out, lse = compare(name, work, q, kv, torch.float32)
+    assert out < 1e-5 and lse < 1e-5
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("head_dim", [2, 24, 64, 80, 128])
+def test_head_dims(name: str, head_dim: int) -> None:
+    work, q, kv = make_work([(50, 50), (1, 200)], heads=HeadMap(0, 4, 2), head_dim=head_dim, causal=True)
+    out, lse = compare(name, work, q, kv, torch.float32)
+    assert out < 1e-5 and lse < 1e-5
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[(1, 3000)], [(3, 999), (16, 40)], [(300, 300)]], ids=str)
+def test_low_precision_inputs_keep_an_exact_lse(name: str, dtype: torch.dtype, lengths: list[tuple[int, int]]) -> None:
+    """Scores rounded to bf16 would give an lse error above 1e-3: too much to merge on."""
+    work, q, kv = make_work(lengths, heads=HeadMap(0, 8, 4), head_dim=64, causal=lengths[0][0] == lengths[0][1])
+    out, lse = compare(name, work, q, kv, dtype)
+    assert out < 3 * torch.finfo(dtype).eps and lse < 2e-4
+
+
+@pytest.mark.parametrize("name", [*FAST, "reference"])
+def test_rows_that_see_nothing_are_zero_and_minus_infinity(name: str) -> None:
+    work, q, kv = make_work([(9, 0), (4, 2)], heads=HeadMap(0, 2, 1), causal=True)
+    state = get_kernel(name)(work)(q.float(), kv.float())
+    blind = [*range(13), 14 - 2]  # gaps, the span without keys, and queries before the first of two keys
+    assert state.out[blind].eq(0).all() and state.lse[blind].eq(-math.inf).all()
+    assert state.lse[-2:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_strided_views_are_read_where_they_lie(name: str) -> None:
+    work, q, kv = make_work([(20, 20)], heads=HeadMap(0, 4, 2), causal=True)
+    wide_q = torch.zeros(len(q), 9, 16).copy_(0 * q[:, :1].float())
+    wide_kv = torch.zeros(len(kv), 2, 7, 16)
+    wide_q[:, 3:7], wide_kv[:, :, 2:4] = q.float(), kv.float()
+    state = get_kernel(name)(work)(wide_q[:, 3:7], wide_kv[:, :, 2:4])
+    assert max(differences(state, get_kernel("reference")(work)(q, kv))) < 1e-5
+
+
+def test_head_maps_are_cut_into_uniform_runs() -> None:
+    assert HeadMap(0, 12, 3).runs() == [HeadRun(0, 12, 0, 4)]
+    assert HeadMap(4, 8, 3).runs() == [HeadRun(0, 4, 0, 2)]  # two heads of each of two cut groups
+    assert HeadMap(0, 4, 3).runs() == [HeadRun(0, 3, 0, 1), HeadRun(3, 4, 1, 2)]
+    assert HeadMap(2, 4, 8).runs() == [HeadRun(0, 2, 0, 1)]
+    assert HeadMap(2, 4, 8).kv_index() == [0, 0]
+
+
+def test_an_unknown_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown kernel 'magic'; known: reference, torch_cpu"):
+        get_kernel("magic")
