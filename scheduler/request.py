@@ -8,6 +8,33 @@ from dataclasses import dataclass, field
 from sp_backend.commands import Sampling, TokenLogprob
 
 
+class Refused(Exception):
+    """A request that is not taken in; the message is for the client."""
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class QueueFull(Refused):
+    """Worth trying again later."""
+
+
+class Draining(Refused):
+    """The server ends after the requests that it already has."""
+
+
+class Unavailable(Refused):
+    """The workers or the controller have failed."""
+
+
+class RequestTooLong(Refused):
+    def __init__(self, needs: int, fits: int, message: str) -> None:
+        super().__init__(message)
+        self.needs = needs  # tokens
+        self.fits = fits
+
+
 class FinishReason(enum.Enum):
     STOP = "stop"  # an end-of-sequence or stop token, or a stop string (found by the server)
     LENGTH = "length"  # max_tokens or the context length reached

@@ -1,0 +1,189 @@
+"""Continuous batching: which sequences run in the next step, and what a finished step means for each.
+
+Prefill and decode steps alternate while both have work. A stream that cannot get a page for its next token makes the
+youngest live request give way: it loses its pages (what the prefix cache knows of them stays findable), keeps its
+tokens, and is the first of its lane to come back. The oldest live request therefore always gets on, and every request
+fits when it is alone, so nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from scheduler.config import SchedulerConfig
+from scheduler.placement import Placement
+from scheduler.prefill import PrefillLanes
+from scheduler.prefill_time import PrefillTime
+from scheduler.request import FinishReason, GeneratedToken, GenerateRequest, Output
+from scheduler.sequence import Chunk, Sequence
+from sp_backend.commands import SampledToken
+from sp_backend.config import BackendConfig
+
+StepKind = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    kind: StepKind
+    chunks: list[Chunk]
+    tokens: float = 0.0  # of the busiest rank, for the prediction of prefill times
+    pairs: float = 0.0
+    num_cached: int = 0  # tokens of its new sequences found in the prefix cache
+
+    @property
+    def num_new(self) -> int:
+        return sum(chunk.num_new for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class Counters:
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    num_retractions: int = 0
+    num_steps: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
+    num_finished: dict[str, int] = field(default_factory=lambda: {reason.value: 0 for reason in FinishReason})
+
+
+def failed(request_id: str, error: str) -> Output:
+    return Output(request_id, finish_reason=FinishReason.ERROR, error=error)
+
+
+class Batcher:
+    def __init__(self, config: SchedulerConfig, backend: BackendConfig, pages_per_rank: int) -> None:
+        self.placement = Placement(backend, pages_per_rank, config.sp_threshold, config.prefix_cache)
+        self.prefill_time = PrefillTime()
+        self.lanes = PrefillLanes(config, self.placement, self.prefill_time)
+        self.running: list[Sequence] = []
+        self.counters = Counters()
+        self.max_length = min(backend.context_length, self.placement.capacity)
+        self._live: dict[str, Sequence] = {}  # waiting ones included
+        self._released: list[int] = []  # workers still keep page tables for these
+        self._num_arrived = 0
+        self._decode_next = False
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def add(self, request: GenerateRequest) -> None:
+        assert len(request.prompt) < self.max_length, "refused when submitted"
+        assert request.request_id not in self._live, "request ids are unique among live requests"
+        sequence = Sequence(
+            id=self._num_arrived,
+            request=request,
+            # beyond the room that there is, generation ends as it does at max_tokens
+            max_length=min(len(request.prompt) + request.max_tokens, self.max_length),
+            tokens=array("i", request.prompt),
+        )
+        self._num_arrived += 1
+        self._live[request.request_id] = sequence
+        self.lanes.add(sequence)
+
+    def abort(self, request_id: str) -> Output | None:
+        """Ends a request between steps; None if it has already ended."""
+        sequence = self._live.get(request_id)
+        return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
+
+    def fail_all(self, error: str) -> list[Output]:
+        """Ends every request; nothing can run after it, so no page goes back."""
+        live, self._live = self._live, {}
+        self.running.clear()
+        self.lanes.clear()
+        self.counters.num_finished[FinishReason.ERROR.value] += len(live)
+        return [failed(request_id, error) for request_id in live]
+
+    def take_released(self) -> list[int]:
+        """Requests whose page tables the workers should drop with the next step."""
+        released, self._released = self._released, []
+        return released
+
+    def next_step(self) -> PlannedStep | None:
+        """The next step, with pages taken; None if there is nothing to do."""
+        while self._live:
+            if not (self._decode_next and self.running):
+                draft = self.lanes.select(len(self.running))
+                if draft.chunks:
+                    self._decode_next = True
+                    return PlannedStep("prefill", draft.chunks, max(draft.tokens), max(draft.pairs), draft.num_cached)
+            self._decode_next = False
+            if self.running:
+                chunks = self._decode()
+                if chunks:
+                    return PlannedStep("decode", chunks)
+            else:
+                # prompts that hold each other's pages: the youngest gives way
+                assert len(self.lanes.prefilling) > 1, "a request that is alone always gets on"
+                self._retract_youngest()
+        return None
+
+    def complete(self, step: PlannedStep, sampled: Mapping[int, SampledToken]) -> list[Output]:
+        """The workers have run the step: what its requests are told."""
+        self.counters.num_steps[step.kind] += 1
+        outputs = []
+        for chunk in step.chunks:
+            self.placement.computed(chunk)
+            if chunk.samples:
+                if step.kind == "prefill":
+                    self.lanes.remove(chunk.sequence)
+                    self.running.append(chunk.sequence)
+                outputs.append(self._advance(chunk.sequence, sampled[chunk.sequence.id]))
+        return outputs
+
+    def _decode(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in sorted(self.running, key=lambda s: s.id):
+            # the youngest give way, so whoever has a chunk keeps it
+            while sequence.node is not None:
+                chunk = self.placement.next_token(sequence)
+                if chunk is not None:
+                    chunks.append(chunk)
+                    break
+                self._retract_youngest()
+        return chunks
+
+    def _retract_youngest(self) -> None:
+        youngest = max(self.running + self.lanes.prefilling, key=lambda s: s.id)
+        self.counters.num_retractions += 1
+        self._leave(youngest)
+        self.lanes.add_first(youngest)
+
+    def _advance(self, sequence: Sequence, sampled: SampledToken) -> Output:
+        request = sequence.request
+        if not sequence.num_generated:
+            self.counters.prompt_tokens += sequence.num_prompt
+            self.counters.cached_tokens += sequence.cached_tokens
+        self.counters.generated_tokens += 1
+        stops = sampled.token in request.stop_token_ids and sequence.num_generated >= request.min_tokens
+        if stops:
+            return self._finish(sequence, FinishReason.STOP, stop_token=sampled.token)
+        sequence.tokens.append(sampled.token)
+        token = GeneratedToken(sampled.token, sampled.logprob, sampled.top)
+        if len(sequence.tokens) >= sequence.max_length:
+            return self._finish(sequence, FinishReason.LENGTH, tokens=[token])
+        return Output(request.request_id, [token], cached_tokens=sequence.cached_tokens)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        tokens: list[GeneratedToken] | None = None,
+        stop_token: int | None = None,
+    ) -> Output:
+        self._leave(sequence)
+        del self._live[sequence.request.request_id]
+        self.counters.num_finished[reason.value] += 1
+        return Output(sequence.request.request_id, tokens or [], reason, stop_token, sequence.cached_tokens)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the batch: its pages go back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        self.lanes.remove(sequence)
+        if sequence.num_sent:
+            self._released.append(sequence.id)
+        if sequence.node is not None:
+            self.placement.release(sequence)

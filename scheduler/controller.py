@@ -1,0 +1,267 @@
+"""The one place that owns requests: takes them in, runs step after step on the workers, hands their tokens out.
+
+Every request that submit() takes ends in exactly one Output with a finish_reason. `step` is synchronous and does all
+the work; a thread calls it as long as there is some. Aborts and new requests take effect between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from scheduler.batching import Batcher, PlannedStep, failed
+from scheduler.config import SchedulerConfig
+from scheduler.request import Draining, GenerateRequest, Output, QueueFull, RequestTooLong, Unavailable
+from scheduler.stats import RankStats, Stats, StepLog
+from scheduler.steps import steps_of
+from scheduler.worker_pool import WorkerFailed, Workers
+from sp_backend.commands import StepResult
+from sp_backend.config import BackendConfig
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2  # how soon a closing controller stops waiting for a step
+IDLE_SECONDS = 0.5  # how often idle workers are looked at
+SHUT_DOWN = "the server is shutting down"
+
+
+class Controller:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        backend: BackendConfig,
+        workers: Workers,
+        pages_per_rank: int,
+        on_outputs: Callable[[list[Output]], None],
+        on_fatal: Callable[[str], None] = lambda why: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.batcher = Batcher(config, backend, pages_per_rank)
+        self._config = config
+        self._backend = backend
+        self._workers = workers
+        self._on_outputs = on_outputs
+        self._on_fatal = on_fatal
+        self._clock = clock
+        self._lock = threading.Lock()  # guards what other threads change: the next four
+        self._submitted: deque[GenerateRequest] = deque()
+        self._aborted: deque[str] = deque()
+        self._draining = False
+        self._failure: str | None = None
+        self._flush = False
+        self._closing = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._step_id = 0
+        self._results: list[StepResult] = []  # of the last step
+        self._busy_seconds = [0.0] * backend.world_size
+        self._log = StepLog(config.decode_log_interval, clock())
+
+    # Any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Takes a request in. Raises Refused with the reason, or ValueError for a malformed one.
+
+        Its id must differ from those of all requests that have not ended.
+        """
+        self._validate(request)
+        with self._lock:
+            if self._failure:
+                raise Unavailable(self._failure)
+            if self._draining:
+                raise Draining(SHUT_DOWN)
+            if self._queue_is_full():
+                raise QueueFull(f"the queue of {self._config.max_queued_requests} waiting requests is full")
+            self._submitted.append(request)
+        self._wake.set()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next step, whatever it is doing; one that has ended is left alone."""
+        with self._lock:
+            self._aborted.append(request_id)
+        self._wake.set()
+
+    def flush_cache(self) -> None:
+        """Forgets every cached prefix that no request is using."""
+        self._flush = True
+        self._wake.set()
+
+    def drain(self) -> None:
+        """Takes no more requests; those that it has go on."""
+        with self._lock:
+            self._draining = True
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Ends the thread, and every request with an error."""
+        self.drain()
+        self._closing = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        self._fail(SHUT_DOWN)
+
+    def healthy(self) -> str | None:
+        """None, or why no request can be served any more."""
+        return self._failure
+
+    def stats(self) -> Stats:
+        """A snapshot. Taken while a step is planned, its numbers may be one step apart."""
+        pool, lanes, counters = self.batcher.placement.pool, self.batcher.lanes, self.batcher.counters
+        return Stats(
+            num_running=len(self.batcher.running) + len(lanes.prefilling),
+            num_waiting=lanes.num_waiting + len(self._submitted),
+            num_pages=pool.num_pages,
+            pages_used=sum(map(pool.num_used, range(pool.num_ranks))),
+            pages_cached=sum(map(pool.num_idle, range(pool.num_ranks))),
+            per_rank=[self._rank_stats(rank) for rank in range(self._backend.world_size)],
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            num_finished=dict(counters.num_finished),
+            num_retractions=counters.num_retractions,
+            num_steps=dict(counters.num_steps),
+            capacity_tokens=self.batcher.max_length,
+        )
+
+    # The controller's thread
+
+    def step(self) -> bool:
+        """Runs one step on the workers; False if there was nothing to do. A failure ends every request."""
+        try:
+            self._take_in()
+            planned = self.batcher.next_step()
+            if planned is not None:
+                self._execute(planned)
+            return planned is not None
+        except WorkerFailed as error:
+            self._fail(str(error))
+        except Exception as error:
+            logger.exception("the controller failed")
+            self._fail(f"the controller failed: {error!r}")
+        return False
+
+    def _run(self) -> None:
+        while not self._closing and not self._failure:
+            self._wake.clear()  # before the queues are read, so that nothing is missed
+            if self.step():
+                continue
+            if not self._wake.wait(IDLE_SECONDS):
+                self._look_after_workers()
+
+    def _look_after_workers(self) -> None:
+        try:
+            self._workers.poll(0.0)
+        except WorkerFailed as error:
+            self._fail(str(error))
+
+    def _take_in(self) -> None:
+        with self._lock:
+            submitted, self._submitted = self._submitted, deque()
+            aborted, self._aborted = self._aborted, deque()
+        for request in submitted:
+            self.batcher.add(request)
+        self._emit([output for output in map(self.batcher.abort, aborted) if output])
+        if self._flush:
+            self._flush = False
+            self.batcher.placement.cache.flush()
+
+    def _execute(self, planned: PlannedStep) -> None:
+        self._step_id += 1
+        steps = steps_of(self._step_id, planned.chunks, self.batcher.take_released(), self.batcher.placement)
+        began = self._clock()
+        self._workers.submit(steps)
+        results = self._await_results(planned, began)
+        if results is None:
+            return
+        self._results = results
+        for result in results:
+            self._busy_seconds[result.rank] += result.seconds
+        if planned.kind == "prefill":
+            self.batcher.prefill_time.observe(planned.tokens, planned.pairs, self._clock() - began)
+        sampled = {token.request_id: token for result in results for token in result.tokens}
+        outputs = self.batcher.complete(planned, sampled)
+        self._emit(outputs)
+        self._log_step(planned, len(outputs))
+
+    def _await_results(self, planned: PlannedStep, began: float) -> list[StepResult] | None:
+        """None if the controller is being closed."""
+        while not self._closing:
+            results = self._workers.poll(POLL_SECONDS)
+            if results is not None:
+                return results
+            if self._clock() - began > self._config.watchdog_timeout:
+                raise WorkerFailed(
+                    f"a {planned.kind} step of {planned.num_new} tokens took longer than the watchdog's "
+                    f"{self._config.watchdog_timeout:g} s"
+                )
+        return None
+
+    def _emit(self, outputs: list[Output]) -> None:
+        if outputs:
+            self._on_outputs(outputs)
+
+    def _fail(self, why: str) -> None:
+        with self._lock:
+            if self._failure:
+                return
+            self._failure = why
+            submitted, self._submitted = self._submitted, deque()
+        self._emit(self.batcher.fail_all(why) + [failed(request.request_id, why) for request in submitted])
+        if why != SHUT_DOWN:
+            logger.error("cannot go on: %s", why)
+            self._on_fatal(why)
+
+    def _validate(self, request: GenerateRequest) -> None:
+        if not request.prompt:
+            raise ValueError("the prompt is empty")
+        if min(request.prompt) < 0 or max(request.prompt) >= 2**31:
+            raise ValueError("token ids must lie between 0 and 2^31 - 1")
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {request.max_tokens}")
+        num_prompt, context = len(request.prompt), self._backend.context_length
+        if num_prompt + request.max_tokens > context:
+            raise RequestTooLong(
+                num_prompt + request.max_tokens,
+                context,
+                f"{num_prompt} prompt tokens and {request.max_tokens} tokens to generate exceed the context "
+                f"length of {context} tokens",
+            )
+        if num_prompt >= self.batcher.max_length:
+            fits = self.batcher.max_length - 1
+            message = f"the prompt has {num_prompt} tokens; at most {fits} fit in the KV cache"
+            raise RequestTooLong(num_prompt, fits, message)
+
+    def _queue_is_full(self) -> bool:
+        if self._config.max_queued_requests is None:
+            return False
+        lanes = self.batcher.lanes
+        num_free = self._config.max_running_requests - len(self.batcher.running) - len(lanes.prefilling)
+        return lanes.num_waiting + len(self._submitted) >= self._config.max_queued_requests + max(num_free, 0)
+
+    def _rank_stats(self, rank: int) -> RankStats:
+        pool, sp_rank = self.batcher.placement.pool, rank % self._backend.sp_size
+        result = self._results[rank] if self._results else None
+        return RankStats(
+            rank=rank,
+            sp_rank=sp_rank,
+            tp_rank=rank // self._backend.sp_size,
+            num_pages=pool.pages_per_rank,
+            pages_used=pool.num_used(sp_rank),
+            query_key_pairs=result.query_key_pairs if result else 0,
+            bytes_sent=result.bytes_sent if result else 0,
+            wait_seconds=result.wait_seconds if result else 0.0,
+            busy_seconds=self._busy_seconds[rank],
+        )
+
+    def _log_step(self, planned: PlannedStep, num_sampled: int) -> None:
+        now = self._clock()
+        if planned.kind == "prefill":
+            self._log.prefill(self.stats(), now, planned.num_new, len(planned.chunks), planned.num_cached)
+        elif self._log.decode_is_due(num_sampled):
+            self._log.decode(self.stats(), now)

@@ -1,0 +1,186 @@
+"""Where a sequence's tokens live: on one rank (home) or over all (spread). Takes and returns its pages.
+
+A prompt with few new tokens whose cached prefix lies on one rank is at home there and needs no communication; a
+longer one is cut over the ranks by the layout. When a rank that should take pages has none left, they go to the rank
+with the most room under the plan "decode", which works wherever the history lies: so a request that fits the sum of
+all ranks is never stuck behind one of them. Layout heads has no home prompts: every rank computes a part of the heads
+of every token, whatever the rank of its page.
+"""
+
+from __future__ import annotations
+
+from scheduler.page_pool import PagePool
+from scheduler.prefix_cache import Node, PrefixCache
+from scheduler.sequence import Chunk, Sequence
+from sp_backend.config import BackendConfig
+from sp_backend.layout import Layout
+
+LOCAL = "local"
+DECODE = "decode"
+SPREAD = -1
+
+
+class Placement:
+    def __init__(
+        self, backend: BackendConfig, pages_per_rank: int, sp_threshold: int, prefix_cache: bool = True
+    ) -> None:
+        self.page_size = backend.page_size
+        self.num_ranks = backend.sp_size
+        self.heads = backend.layout == "heads" and backend.sp_size > 1
+        self.pool = PagePool(backend.sp_size, pages_per_rank)
+        self.cache = PrefixCache(self.pool, backend.page_size)
+        self._strategy = backend.strategy
+        self._sp_threshold = sp_threshold
+        self._prefix_cache = prefix_cache
+        # which pages go to which rank does not depend on the number of heads
+        self.layout = Layout(backend.sp_size, "heads" if self.heads else "zigzag", backend.sp_size, 1)
+        self._num_home = [0] * backend.sp_size  # live sequences at home on each rank
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit when nothing else is live."""
+        return self.pool.num_pages * self.page_size
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    # Admission
+
+    def find_prefix(self, sequence: Sequence) -> list[Node]:
+        """The longest cached prefix. The last token is never matched: it must be computed to sample the next.
+
+        Of equal ones the least busy rank's. A short prompt ignores a rank that is much busier than another: it would
+        rather compute a prefix again, once, than decode next to everyone else who shares it.
+        """
+        if not self._prefix_cache:
+            return []
+        most = (len(sequence.tokens) - 1) // self.page_size
+        short = len(sequence.tokens) < self._sp_threshold
+        busy = 2 * min(self._num_home) + 3
+        best: list[Node] = []
+        for rank in sorted(range(self.num_ranks), key=self._num_home.__getitem__):
+            if not (short and self._num_home[rank] > busy):
+                path = self.cache.match(self.cache.roots[rank], sequence.tokens, most)
+                best = max(best, path, key=len)
+        return max(best, self.cache.match(self.cache.roots[SPREAD], sequence.tokens, most), key=len)
+
+    def admit(self, sequence: Sequence, path: list[Node], spare: int, load: list[float]) -> bool:
+        """Gives a sequence its cached pages and a home, if all the pages it then needs are there beyond `spare`.
+
+        load: tokens that each rank already computes in this step.
+        """
+        assert sequence.node is None and not sequence.pages, "admitted once"
+        self.cache.hold(path)
+        needed = self.pages_for(len(sequence.tokens)) - len(path)
+        if needed > self.pool.total_available() - spare:
+            for node in path:
+                self.pool.release(node.rank, node.page)
+            return False
+        sequence.pages_on = [0] * self.num_ranks
+        for node in path:
+            sequence.add_page(node.rank, node.page)
+        sequence.num_computed = len(path) * self.page_size
+        sequence.num_cached = len(path)
+        sequence.home = self._choose_home(sequence, needed, load)
+        sequence.node = path[-1] if path else self.cache.roots[sequence.home]
+        if sequence.home != SPREAD:
+            self._num_home[sequence.home] += 1
+        return True
+
+    def _choose_home(self, sequence: Sequence, needed: int, load: list[float]) -> int:
+        if self.num_ranks == 1:
+            return 0
+        if self.heads or sequence.num_remaining >= self._sp_threshold:
+            return SPREAD
+        if sequence.pages and sequence.lies_on(sequence.owners[0]):
+            return sequence.owners[0]
+        roomy = [r for r in range(self.num_ranks) if self.pool.available(r) >= needed]
+        if not roomy:
+            return SPREAD
+        return min(roomy, key=lambda r: (load[r], self._num_home[r], -self.pool.available(r)))
+
+    # Pages
+
+    def place(self, sequence: Sequence, num_new: int) -> Chunk | None:
+        """The next chunk of a prompt, with its pages: `num_new` tokens, or fewer where room is short; None: no room."""
+        assert sequence.num_computed == len(sequence.pages) * self.page_size, "prompts are cut between pages"
+        ranks = self._intended_ranks(sequence, num_new)
+        if all(self.pool.available(r) >= ranks.count(r) for r in set(ranks)):
+            plan = self._strategy if sequence.home == SPREAD else self._plan_at(sequence, sequence.home)
+            return self._chunk(sequence, num_new, sequence.home, plan, ranks)
+        rank = self._roomiest()
+        if sequence.home == SPREAD:  # one rank now does what was meant for all
+            num_new = min(num_new, self.pages_for(-(-num_new // self.num_ranks)) * self.page_size)
+        num_new = min(num_new, self.pool.available(rank) * self.page_size)
+        if not num_new:
+            return None
+        ranks = (rank,) * self.pages_for(num_new)
+        return self._chunk(sequence, num_new, rank, self._plan_at(sequence, rank), ranks)
+
+    def follows_layout(self, sequence: Sequence, num_new: int) -> bool:
+        """Whether place() would put the pages where the layout or home wants them."""
+        ranks = self._intended_ranks(sequence, num_new)
+        return all(self.pool.available(r) >= ranks.count(r) for r in set(ranks))
+
+    def next_token(self, sequence: Sequence) -> Chunk | None:
+        """The decode chunk of a sequence, with a new page if the last is full; None: no room."""
+        assert sequence.num_remaining == 1
+        if sequence.num_computed == len(sequence.pages) * self.page_size:
+            rank = sequence.owners[-1]
+            if self.heads or not sequence.lies_on(rank) or not self.pool.available(rank):
+                rank = self._roomiest()
+            if not self.pool.available(rank):
+                return None
+            self._add_pages(sequence, (rank,))
+        rank = sequence.owners[-1]
+        return Chunk(sequence, sequence.num_computed, 1, rank, self._plan_at(sequence, rank))
+
+    def computed(self, chunk: Chunk) -> None:
+        """The chunk's tokens are in the KV cache: pages that are full now can be found by other requests."""
+        sequence = chunk.sequence
+        sequence.num_computed += chunk.num_new
+        if not sequence.has_twins:
+            self._cache_pages(sequence, past_twins=False)
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes all pages of an admitted sequence back; those in the prefix cache stay there as long as they can."""
+        self._cache_pages(sequence, past_twins=True)
+        for rank, page in zip(sequence.owners, sequence.pages, strict=True):
+            self.pool.release(rank, page)
+        if sequence.home != SPREAD:
+            self._num_home[sequence.home] -= 1
+        sequence.forget_pages()
+
+    def _cache_pages(self, sequence: Sequence, past_twins: bool) -> None:
+        first, full = sequence.num_cached, sequence.num_computed // self.page_size
+        if not self._prefix_cache or full == first:
+            return
+        pages = list(zip(sequence.owners[first:full], sequence.pages[first:full], strict=True))
+        assert sequence.node is not None
+        node, count = self.cache.insert(sequence.node, sequence.tokens, first, pages, past_twins)
+        sequence.node, sequence.num_cached = node, first + count
+        sequence.has_twins = sequence.num_cached < full
+
+    def _intended_ranks(self, sequence: Sequence, num_new: int) -> tuple[int, ...]:
+        if sequence.home == SPREAD:
+            return self.layout.page_ranks(num_new, self.page_size)
+        return (sequence.home,) * self.pages_for(num_new)
+
+    def _chunk(self, sequence: Sequence, num_new: int, home: int, plan: str, ranks: tuple[int, ...]) -> Chunk:
+        self._add_pages(sequence, ranks)
+        return Chunk(sequence, sequence.num_computed, num_new, home, plan)
+
+    def _plan_at(self, sequence: Sequence, rank: int) -> str:
+        return LOCAL if sequence.lies_on(rank) and not self.heads else DECODE
+
+    def _roomiest(self) -> int:
+        return max(range(self.num_ranks), key=self.pool.available)
+
+    def _add_pages(self, sequence: Sequence, ranks: tuple[int, ...]) -> None:
+        taken = {}
+        for rank in set(ranks):
+            count = ranks.count(rank)
+            self.cache.make_room(rank, count)
+            taken[rank] = iter(self.pool.take(rank, count))
+        for rank in ranks:
+            sequence.add_page(rank, next(taken[rank]))

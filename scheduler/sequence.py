@@ -1,0 +1,80 @@
+"""One live request: its tokens so far, and where its pages lie."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from scheduler.prefix_cache import Node
+from scheduler.request import GenerateRequest
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Prefilling while more than the newest token is not yet in the KV cache, else decoding.
+
+    A retracted sequence loses its pages, keeps its tokens, and prefills prompt and generated tokens alike.
+    """
+
+    id: int  # order of arrival; also names the request to the workers
+    request: GenerateRequest
+    max_length: int  # prompt and generated tokens at which it ends
+    tokens: array[int]  # prompt, then generated
+    num_computed: int = 0  # tokens in the KV cache
+    home: int = -1  # SP rank of its prefill; -1: spread over all
+    owners: bytearray = field(default_factory=bytearray)  # SP rank of each page
+    pages: list[int] = field(default_factory=list)  # its index on that rank
+    pages_on: list[int] = field(default_factory=list)  # pages on each SP rank
+    num_sent: int = 0  # pages that the workers know of
+    node: Node | None = None  # the newest page that the prefix cache knows, or a root; None: not admitted
+    num_cached: int = 0  # pages that it knows
+    has_twins: bool = False  # another request was faster: its next page is cached from there
+    cached_tokens: int = 0  # of the prompt, found at the first admission
+    was_admitted: bool = False
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
+
+    def lies_on(self, rank: int) -> bool:
+        """Whether no page is on another rank."""
+        return self.pages_on[rank] == len(self.pages)
+
+    def add_page(self, rank: int, page: int) -> None:
+        self.owners.append(rank)
+        self.pages.append(page)
+        self.pages_on[rank] += 1
+
+    def forget_pages(self) -> None:
+        """Back to the state before admission."""
+        self.num_computed = self.num_sent = self.num_cached = 0
+        self.home = -1
+        self.owners = bytearray()
+        self.pages, self.pages_on = [], []
+        self.has_twins = False
+        self.node = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A sequence's part of a step: `num_new` tokens after `start` computed ones."""
+
+    sequence: Sequence
+    start: int
+    num_new: int
+    home: int  # SP rank of all the new tokens; -1: spread by the layout
+    plan: str
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token is sampled after it."""
+        return self.start + self.num_new == len(self.sequence.tokens)

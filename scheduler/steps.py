@@ -1,0 +1,76 @@
+"""From chunks to commands: every SP rank learns who owns new pages, and gets its own pages and tokens."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Seq
+
+import msgspec
+
+from scheduler.placement import SPREAD, Placement
+from scheduler.sequence import Chunk, Sequence
+from sp_backend.commands import Group, Sampling, SequenceStep, Step
+
+TOKEN_BYTES = 4
+
+
+def steps_of(step_id: int, chunks: Seq[Chunk], released: list[int], placement: Placement) -> list[Step]:
+    """One command for each SP rank. Marks the chunks' pages as known to the workers."""
+    groups: dict[str, list[list[SequenceStep]]] = {}  # plan -> rank -> sequences
+    for chunk in chunks:
+        by_rank = groups.setdefault(chunk.plan, [[] for _ in range(placement.num_ranks)])
+        for rank, part in enumerate(_parts(chunk, placement)):
+            by_rank[rank].append(part)
+        chunk.sequence.num_sent = len(chunk.sequence.pages)
+    return [
+        Step(step_id, [Group(plan, by_rank[rank]) for plan, by_rank in groups.items()], released)
+        for rank in range(placement.num_ranks)
+    ]
+
+
+def _parts(chunk: Chunk, placement: Placement) -> list[SequenceStep]:
+    """A chunk as each SP rank sees it."""
+    sequence, num_ranks = chunk.sequence, placement.num_ranks
+    owners = bytes(sequence.owners[sequence.num_sent :])
+    pages = _pages_by_rank(sequence, num_ranks) if owners else [b""] * num_ranks
+    tokens = _tokens_by_rank(chunk, placement)
+    sampling = sampling_of(sequence) if chunk.samples else None
+    return [
+        SequenceStep(sequence.id, chunk.start, chunk.num_new, chunk.home, owners, pages[rank], tokens[rank], sampling)
+        for rank in range(num_ranks)
+    ]
+
+
+def _pages_by_rank(sequence: Sequence, num_ranks: int) -> list[bytes]:
+    pages = [array("i") for _ in range(num_ranks)]
+    for rank, page in zip(sequence.owners[sequence.num_sent :], sequence.pages[sequence.num_sent :], strict=True):
+        pages[rank].append(page)
+    return [own.tobytes() for own in pages]
+
+
+def _tokens_by_rank(chunk: Chunk, placement: Placement) -> list[bytes]:
+    """Each rank's new tokens: those of the pages it owns; in layout heads every rank computes all."""
+    sequence = chunk.sequence
+    tokens = sequence.tokens[chunk.start : chunk.start + chunk.num_new].tobytes()
+    if placement.heads:
+        return [tokens] * placement.num_ranks
+    if chunk.home != SPREAD:
+        return [tokens if rank == chunk.home else b"" for rank in range(placement.num_ranks)]
+    size = placement.page_size * TOKEN_BYTES
+    first = chunk.start // placement.page_size
+    parts: list[list[bytes]] = [[] for _ in range(placement.num_ranks)]
+    for number, begin in enumerate(range(0, len(tokens), size), first):
+        parts[sequence.owners[number]].append(tokens[begin : begin + size])
+    return [b"".join(own) for own in parts]
+
+
+def sampling_of(sequence: Sequence) -> Sampling:
+    """The request's sampling with what depends on the tokens so far: banned stop tokens, context of penalties."""
+    request = sequence.request
+    sampling = request.sampling
+    if sequence.num_generated < request.min_tokens and request.stop_token_ids:
+        banned = sorted(request.stop_token_ids.union(sampling.banned))
+        sampling = msgspec.structs.replace(sampling, banned=banned)
+    if sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0:
+        sampling = msgspec.structs.replace(sampling, context=sequence.tokens.tobytes(), num_prompt=sequence.num_prompt)
+    return sampling

@@ -1,0 +1,301 @@
+"""The worker processes: starts them, talks to them over ZMQ, notices their death, leaves nothing behind.
+
+Every worker runs in a session of its own, so that Ctrl-C in a terminal reaches the server alone, which then stops
+them in order. Commands go out from one ROUTER socket; a worker's DEALER has its rank as identity.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+import sp_backend
+from sp_backend.commands import (
+    Failure,
+    Ready,
+    Report,
+    Shutdown,
+    Step,
+    StepResult,
+    WorkerStart,
+    decode_report,
+    encode,
+)
+from sp_backend.config import BackendConfig
+
+CHECK_SECONDS = 0.2  # how often processes are looked at while their answers are awaited
+WORKER_COMMAND = (sys.executable, "-m", "sp_backend.worker")
+LONGEST_SOCKET_PATH = 100  # the kernel allows 107 bytes
+
+
+class WorkerFailed(Exception):
+    """A worker died, reported that it cannot go on, or did not answer."""
+
+
+class Workers(Protocol):
+    """What the controller needs of its workers."""
+
+    def submit(self, steps: list[Step]) -> None:
+        """Starts a step; steps[r] goes to SP rank r, on every TP rank."""
+
+    def poll(self, timeout: float) -> list[StepResult] | None:
+        """The results of all workers by rank, or None if some are missing after `timeout` seconds.
+
+        Raises WorkerFailed as soon as a worker cannot answer any more, also between steps.
+        """
+
+
+class WorkerPool:
+    def __init__(self, config: BackendConfig, command: tuple[str, ...] = WORKER_COMMAND) -> None:
+        self.ready: list[Ready] = []  # by rank, after start()
+        self._config = config
+        self._command = command
+        self._processes: list[_Process] = []
+        self._results: dict[int, StepResult] = {}
+        self._step_id = -1
+        self._checked_at = 0.0
+        self._directory: Path | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages of each SP rank."""
+        return min(ready.num_pages for ready in self.ready)
+
+    def start(self, timeout: float = 1800.0, progress: Callable[[int], None] | None = None) -> None:
+        """Returns when every worker is ready. progress: called with the number of those that are.
+
+        Raises WorkerFailed, with nothing left running, if one fails or is not ready in time.
+        """
+        atexit.register(self.stop)
+        try:
+            self._spawn()
+            self._await_ready(time.monotonic() + timeout, progress or (lambda num_ready: None))
+            self._compare()
+        except BaseException:
+            self.stop(grace=0.0)
+            raise
+
+    def submit(self, steps: list[Step]) -> None:
+        assert self._socket is not None and len(steps) == self._config.sp_size
+        self._step_id = steps[0].step_id
+        self._results.clear()
+        messages = [encode(step) for step in steps]
+        for rank in range(self._config.world_size):
+            self._send(rank, messages[rank % self._config.sp_size])
+
+    def poll(self, timeout: float) -> list[StepResult] | None:
+        deadline = time.monotonic() + timeout
+        while True:
+            for report in self._receive(deadline):
+                assert isinstance(report, StepResult) and report.step_id == self._step_id, f"unexpected {report}"
+                self._results[report.rank] = report
+            if len(self._results) == self._config.world_size:
+                results, self._results = self._results, {}
+                return [results[rank] for rank in range(self._config.world_size)]
+            if time.monotonic() >= deadline:
+                return None
+
+    def stop(self, grace: float = 5.0) -> None:
+        """Ends all workers: asked, then told, then killed. Returns within `grace` and about 3 seconds."""
+        atexit.unregister(self.stop)
+        if self._socket is not None and grace > 0:
+            for process in self._processes:
+                with suppress(zmq.ZMQError):  # it never connected, or has gone
+                    self._socket.send_multipart([_identity(process.rank), encode(Shutdown())])
+        _wait_all(self._processes, grace)
+        for number, patience in ((signal.SIGTERM, 2.0 if grace > 0 else 0.5), (signal.SIGKILL, 1.0)):
+            for process in self._processes:
+                process.kill(number)
+            _wait_all(self._processes, patience)
+        for process in self._processes:
+            process.close()
+        self._processes = []
+        if self._context is not None and self._socket is not None:
+            self._socket.close(linger=0)
+            self._context.term()
+            self._context = self._socket = None
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+
+    def _spawn(self) -> None:
+        self._directory = _private_directory()
+        address = f"ipc://{self._directory}/controller"
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(address)
+        for rank in range(self._config.world_size):
+            start = WorkerStart(self._config, rank, address, str(self._directory / "rendezvous"))
+            self._processes.append(_Process(rank, self._command, encode(start), _environment(self._config)))
+
+    def _await_ready(self, deadline: float, progress: Callable[[int], None]) -> None:
+        ready: dict[int, Ready] = {}
+        while len(ready) < self._config.world_size:
+            if time.monotonic() >= deadline:
+                missing = sorted(set(range(self._config.world_size)) - set(ready))
+                raise WorkerFailed(f"workers {missing} were not ready in time")
+            for report in self._receive(min(deadline, time.monotonic() + CHECK_SECONDS)):
+                assert isinstance(report, Ready), f"unexpected {report}"
+                ready[report.rank] = report
+                progress(len(ready))
+        self.ready = [ready[rank] for rank in range(self._config.world_size)]
+
+    def _compare(self) -> None:
+        first = self.ready[0]
+        for other in self.ready[1:]:
+            if other.plan_digests != first.plan_digests:
+                raise WorkerFailed(f"workers 0 and {other.rank} would run different plans")
+            if other.page_size != first.page_size:
+                raise WorkerFailed(f"workers 0 and {other.rank} have pages of different sizes")
+
+    def _send(self, rank: int, message: bytes) -> None:
+        assert self._socket is not None
+        try:
+            self._socket.send_multipart([_identity(rank), message])
+        except zmq.ZMQError as error:  # the worker has disconnected
+            self._check(force=True)
+            raise WorkerFailed(f"worker {rank} cannot be reached: {error}") from error
+
+    def _receive(self, deadline: float) -> list[Report]:
+        """What has arrived; waits for the first message until the deadline, but not long without looking around."""
+        assert self._socket is not None
+        self._check()
+        wait = min(CHECK_SECONDS, max(0.0, deadline - time.monotonic()))
+        self._socket.poll(int(wait * 1000))
+        reports = self._take_messages()
+        if any(isinstance(report, Failure) for report in reports):
+            self._raise(reports)
+        return reports
+
+    def _take_messages(self) -> list[Report]:
+        assert self._socket is not None
+        reports: list[Report] = []
+        with suppress(zmq.Again):
+            while True:
+                _, message = self._socket.recv_multipart(zmq.NOBLOCK)
+                reports.append(decode_report(message))
+        return reports
+
+    def _check(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if now - self._checked_at < CHECK_SECONDS and not force:
+            return
+        self._checked_at = now
+        if any(process.exit_code is not None for process in self._processes):
+            self._raise(self._take_messages())
+
+    def _raise(self, reports: list[Report]) -> None:
+        """One worker's end breaks the others' transfers: waits a moment, then names every cause it finds."""
+        time.sleep(CHECK_SECONDS)
+        failures = [r for r in reports + self._take_messages() if isinstance(r, Failure)]
+        reported = {failure.rank for failure in failures}
+        dead = [p for p in self._processes if p.exit_code is not None and p.rank not in reported]
+        causes = [process.obituary() for process in dead]
+        causes += [f"worker {failure.rank} failed: {failure.message}" for failure in failures]
+        raise WorkerFailed("; ".join(causes))
+
+
+class _Process:
+    """One worker process; its output goes to our standard error, and its end is remembered."""
+
+    def __init__(self, rank: int, command: tuple[str, ...], start: bytes, environment: dict[str, str]) -> None:
+        self.rank = rank
+        self._last_lines: deque[str] = deque(maxlen=20)
+        self._popen = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._forward, name=f"worker-{rank}-output", daemon=True)
+        self._reader.start()
+        assert self._popen.stdin is not None
+        with suppress(BrokenPipeError):  # it has died already: found out when it is awaited
+            self._popen.stdin.write(start)
+            self._popen.stdin.close()
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._popen.poll()
+
+    def wait(self, timeout: float) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(max(timeout, 0.0))
+
+    def kill(self, number: signal.Signals) -> None:
+        """Signals the worker and what it may have started itself."""
+        if self.exit_code is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._popen.pid, number)
+
+    def close(self) -> None:
+        self._reader.join(1.0)
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
+    def obituary(self) -> str:
+        code = self.exit_code
+        assert code is not None
+        self._reader.join(1.0)
+        how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        said = "\n".join(self._last_lines)
+        return f"worker {self.rank} {how}" + (f", after saying:\n{said}" if said else "")
+
+    def _forward(self) -> None:
+        assert self._popen.stdout is not None
+        for line in self._popen.stdout:
+            text = line.decode(errors="replace").rstrip()
+            self._last_lines.append(text)
+            print(text, file=sys.stderr, flush=True)
+
+
+def _identity(rank: int) -> bytes:
+    return str(rank).encode()
+
+
+def _wait_all(processes: list[_Process], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.wait(deadline - time.monotonic())
+
+
+def _environment(config: BackendConfig) -> dict[str, str]:
+    """Workers import the same packages, wherever they are started, and compute with as many threads as configured."""
+    root = str(Path(next(iter(sp_backend.__path__))).parent)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        "GLOO_SOCKET_IFNAME": "lo",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": str(config.num_threads),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _private_directory() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="sp-serve-"))
+    if len(str(directory)) + len("/controller") > LONGEST_SOCKET_PATH:
+        directory.rmdir()
+        directory = Path(tempfile.mkdtemp(prefix="sp-serve-", dir="/tmp"))
+    return directory
