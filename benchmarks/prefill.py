@@ -1,0 +1,144 @@
+"""`python -m benchmarks.prefill`: time to first token against prompt length, for sp 1 and sp 2, over HTTP.
+
+Three servers are up at the same time and are asked in turn, so that a busy moment of the machine hits all of them:
+sp 1 with one thread, sp 2 with one thread a rank, sp 1 with two threads. Each request is a prompt of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import matplotlib
+from tqdm import tqdm
+
+from benchmarks.launched import LaunchedServer
+from server import loadtest
+
+SETUPS = {  # label -> flags
+    "sp 1, 1 thread": ("--sp-size", "1", "--threads-per-rank", "1"),
+    "sp 2, 1 thread each": ("--sp-size", "2", "--threads-per-rank", "1"),
+    "sp 1, 2 threads": ("--sp-size", "1", "--threads-per-rank", "2"),
+}
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+Times = dict[int, dict[str, list[float]]]  # prompt tokens -> label -> seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill", description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds over the lengths (default: 3)")
+    parser.add_argument("--long", type=int, default=32768, help="lengths above this are run once (default: 32768)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("server_args", nargs="*", help="after --: further flags of every server")
+    args = parser.parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        servers = {
+            label: stack.enter_context(LaunchedServer(*flags, *args.server_args)) for label, flags in SETUPS.items()
+        }
+        times = measure(servers, args.lengths, args.repeats, args.long)
+        ranks = sharding(servers["sp 2, 1 thread each"])
+    report(times, ranks)
+    if args.json:
+        args.json.write_text(json.dumps(as_json(args, times, ranks), indent=2) + "\n")
+    if args.plot:
+        plot(args.plot, times)
+    return 0
+
+
+def measure(servers: dict[str, LaunchedServer], lengths: Sequence[int], repeats: int, long: int) -> Times:
+    rounds = [(i, n) for i in range(repeats) for n in lengths if i == 0 or n <= long]
+    times: Times = {n: {label: [] for label in servers} for n in lengths}
+    for i, length in tqdm(rounds, desc="Prompts", unit="length"):
+        for label, server in servers.items():
+            times[length][label].append(time_to_first_token(server, length, seed=length + i))
+    return times
+
+
+def time_to_first_token(server: LaunchedServer, prompt_tokens: int, seed: int) -> float:
+    """Seconds, by the load test, of one request on an idle server."""
+    with tempfile.TemporaryDirectory() as folder, silence():
+        file = Path(folder) / "out.json"
+        flags = {"base-url": server.url, "prompt-tokens": prompt_tokens, "seed": seed, "json": file}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        failed = loadtest.main([*words, "--output-tokens", "1", "--num-requests", "1", "--concurrency", "1"])
+        answer = json.loads(file.read_text())
+    if failed:
+        raise RuntimeError(f"{prompt_tokens} tokens on {server.url}: {answer['requests']}")
+    request = answer["requests"][0]
+    return float(request["first"] - request["start"])
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """The load test's own bar and table would hide ours."""
+    with io.StringIO() as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def sharding(server: LaunchedServer) -> list[dict[str, float]]:
+    """What each rank computed and holds, from /metrics: totals over all requests so far."""
+    ranks: dict[str, dict[str, float]] = {}
+    for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines():
+        if line.startswith("sp:rank_"):
+            name, rest = line.split("{", 1)
+            labels, value = rest.rsplit("} ", 1)
+            rank = next(label.split('"')[1] for label in labels.split(",") if label.startswith("rank="))
+            ranks.setdefault(rank, {})[name] = float(value)
+    return [ranks[rank] for rank in sorted(ranks, key=int)]
+
+
+def report(times: Times, ranks: list[dict[str, float]]) -> None:
+    labels = list(SETUPS)
+    print(f"{'tokens':>8}" + "".join(f"{label:>22}" for label in labels) + f"{'sp 2 / sp 1':>14}")
+    for length, row in times.items():
+        medians = {label: statistics.median(row[label]) for label in labels}
+        ratio = medians[labels[1]] / medians[labels[0]]
+        print(f"{length:>8}" + "".join(f"{medians[label]:>20.3f} s" for label in labels) + f"{ratio:>14.2f}")
+    for name in ("sp:rank_query_key_pairs_total", "sp:rank_pages_used"):
+        total = sum(rank[name] for rank in ranks) or 1
+        print(f"{name} by rank: " + ", ".join(f"{rank[name] / total:.1%}" for rank in ranks))
+
+
+def as_json(args: argparse.Namespace, times: Times, ranks: list[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "date": date.today().isoformat(),
+        "command": " ".join(sys.orig_argv),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "server_args": args.server_args,
+        "ttft_seconds": times,
+        "ranks_of_sp2": ranks,
+    }
+
+
+def plot(file: Path, times: Times) -> None:
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for label in SETUPS:
+        axes.plot(list(times), [statistics.median(row[label]) for row in times.values()], marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token (s)")
+    axes.set_xticks(list(times), [f"{n // 1024}k" for n in times])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
