@@ -58,6 +58,11 @@ def invalid(message: str, param: str | None, code: str | None = None) -> ApiErro
     return ApiError(400, message, param=param, code=code)
 
 
+def invalid_json(error: Exception, param: str | None = None) -> ApiError:
+    detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return invalid(f"The body is not valid JSON: {detail}", param, "invalid_json")
+
+
 def too_long(needs: int, fits: int) -> ApiError:
     """Both phrases are matched by clients that recover by shortening the prompt."""
     return invalid(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from server.errors import invalid
+from server.errors import invalid, invalid_json
 from server.tokenizer import Tokenizer
 
 LONG = 16_384  # bytes of input from which a thread is worth its hop
@@ -75,6 +75,8 @@ class PromptReader:
             return decoder.decode(data)
         except msgspec.ValidationError as error:
             raise invalid(self._explain(str(error), decoder), "prompt") from None
+        except ValueError as error:  # strings are only looked at here
+            raise invalid_json(error, "prompt") from None
 
     def _explain(self, message: str, decoder: object) -> str:
         if decoder in (self._ids, self._id_lists) and ("<=" in message or ">=" in message):

@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from server.errors import ApiError, invalid
+from server.errors import ApiError, invalid, invalid_json
 from server.prompts import in_thread_if_long
 from server.streaming import ClientGone
 
@@ -46,16 +46,14 @@ def decode(body: bytes, kind: type[S]) -> S:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _invalid_field(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         _refuse_non_finite(body)
-        raise invalid(f"The body is not valid JSON: {error}", None, "invalid_json") from None
-    except RecursionError:
-        raise invalid("The body is nested too deeply.", None, "invalid_json") from None
+        raise invalid_json(error) from None
 
 
 def _invalid_field(message: str) -> ApiError:
-    found = PATH.search(message) or MISSING.search(message)
-    field = (found.group(1) or None) if found else None
+    parts = [found.group(1) for found in (PATH.search(message), MISSING.search(message)) if found]
+    field = ".".join(part for part in parts if part) or None
     text = PATH.sub("", message)
     return invalid(f"{field}: {text}" if field else text, field)
 
