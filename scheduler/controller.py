@@ -147,11 +147,11 @@ class Controller:
         return False
 
     def _run(self) -> None:
-        while not self._closing and not self._failure:
-            self._wake.clear()  # before the queues are read, so that nothing is missed
-            if self.step():
-                continue
-            if not self._wake.wait(IDLE_SECONDS):
+        while True:
+            self._wake.clear()  # before anything it announces is read, so that nothing is missed
+            if self._closing or self._failure:
+                return
+            if not self.step() and not self._wake.wait(IDLE_SECONDS):
                 self._look_after_workers()
 
     def _look_after_workers(self) -> None:

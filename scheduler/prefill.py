@@ -32,10 +32,10 @@ class Lane:
         return bool(self.waiting or self.prefilling)
 
     def remove(self, sequence: Sequence) -> None:
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        elif sequence in self.prefilling:
-            self.prefilling.remove(sequence)
+        for queue in (self.prefilling, self.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+                break
         if self.out_of_pages is sequence:
             self.out_of_pages = None
 
@@ -148,6 +148,8 @@ class PrefillLanes:
             if not self._extend(lane, sequence, draft, limits):
                 return
         for sequence in lane.waiting[:LOOKAHEAD]:
+            if not self._may_start(lane, sequence, draft, limits):
+                return
             path = self._placement.find_prefix(sequence)
             if draft.computes(sequence, len(path)):
                 if lane is self.long:
@@ -158,14 +160,14 @@ class PrefillLanes:
             if not self._extend(lane, sequence, draft, limits):
                 return
 
-    def _admit(self, lane: Lane, sequence: Sequence, path: list[Node], draft: Draft, limits: Limits) -> bool:
+    def _may_start(self, lane: Lane, sequence: Sequence, draft: Draft, limits: Limits) -> bool:
         other = self.long if lane is self.short else self.short
         if other.out_of_pages and other.out_of_pages.id < sequence.id:
             return False
-        if limits.num_running + len(self.prefilling) >= self._config.max_running_requests:
-            return False
-        if draft.num_tokens >= limits.tokens:
-            return False
+        num_live = limits.num_running + len(self.prefilling)
+        return num_live < self._config.max_running_requests and draft.num_tokens < limits.tokens
+
+    def _admit(self, lane: Lane, sequence: Sequence, path: list[Node], draft: Draft, limits: Limits) -> bool:
         pages_for = self._placement.pages_for
         promised = sum(pages_for(len(s.tokens)) - len(s.pages) for s in self.prefilling)
         # one page for each stream, so that it does not have to be retracted at once

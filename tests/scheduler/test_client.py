@@ -14,7 +14,7 @@ from scheduler.client import Client, Draining, QueueFull, RequestTooLong, Unavai
 from scheduler.config import SchedulerConfig
 from scheduler.request import FinishReason, GenerateRequest
 from scheduler.worker_pool import WorkerFailed
-from sp_backend.commands import Step, StepResult
+from sp_backend.commands import StepResult
 from tests.scheduler.fake_workers import FakeWorkers, backend_config, expected_tokens
 
 BACKEND = backend_config(sp_size=2, context_length=300)
@@ -37,9 +37,6 @@ class PacedWorkers(FakeWorkers):
             return None
         time.sleep(0.001)
         return super().poll(timeout)
-
-    def submit(self, steps: list[Step]) -> None:
-        super().submit(steps)
 
 
 @asynccontextmanager
