@@ -326,6 +326,7 @@ def test_low_precision_is_as_close_to_fp32_as_transformers(family, dtype, checkp
     with torch.inference_mode():
         theirs = model(TOKENS[None]).logits[0].float()
     ours = dense_logits(load(folder, dtype=dtype))
+    assert ours.dtype == torch.float32
     assert (ours - expected(folder)).square().mean() < 1.5 * (theirs - expected(folder)).square().mean()
 
 

@@ -86,6 +86,8 @@ PUBLISHED = {
     "llama 3.1": LLAMA_3_1,
     "qwen 2.5": QWEN_2_5,
     "qwen 2.5 yarn": QWEN_2_5 | {"rope_scaling": YARN},
+    "yarn beyond the last dim": QWEN_2_5
+    | {"rope_scaling": YARN | {"original_max_position_embeddings": 1500}, "rope_theta": 10.0},
     "qwen 2.5 windowed": QWEN_2_5 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 20},
     "qwen 3": QWEN_3,
     "mistral": MISTRAL,
@@ -146,6 +148,11 @@ def test_generation_config_knows_the_ends_of_sequences(tmp_path):
     assert ModelConfig.load(write(tmp_path, LLAMA_2)).eos_ids == (2,)
     assert ModelConfig.load(write(tmp_path, LLAMA_2, {"temperature": 0.6})).eos_ids == (2,)
     assert ModelConfig.load(write(tmp_path, LLAMA_2, {"eos_token_id": [7, 9]})).eos_ids == (7, 9)
+
+
+def test_qwen2_has_biases_on_q_k_and_v_alone_whatever_the_file_says(tmp_path):
+    config = ModelConfig.load(write(tmp_path, QWEN_2_5 | {"attention_bias": True}))
+    assert (config.qkv_bias, config.o_bias) == (True, False)
 
 
 def test_defaults_of_absent_fields(tmp_path):
