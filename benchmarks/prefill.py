@@ -1,7 +1,7 @@
-"""`python -m benchmarks.prefill`: time to first token against prompt length, for sp 1 and sp 2, over HTTP.
+"""`python -m benchmarks.prefill`: time to first token against prompt length, over HTTP.
 
-Three servers are up at the same time and are asked in turn, so that a busy moment of the machine hits all of them:
-sp 1 with one thread, sp 2 with one thread a rank, sp 1 with two threads. Each request is a prompt of its own.
+The servers to be compared are up at the same time and are asked in turn, so that a busy moment of the machine hits
+all of them. Each request is a prompt of its own, on an idle server.
 """
 
 from __future__ import annotations
@@ -27,10 +27,24 @@ from tqdm import tqdm
 from benchmarks.launched import LaunchedServer
 from server import loadtest
 
-SETUPS = {  # label -> flags
-    "sp 1, 1 thread": ("--sp-size", "1", "--threads-per-rank", "1"),
-    "sp 2, 1 thread each": ("--sp-size", "2", "--threads-per-rank", "1"),
-    "sp 1, 2 threads": ("--sp-size", "1", "--threads-per-rank", "2"),
+ONE_THREAD = ("--threads-per-rank", "1")
+SETUPS: dict[str, dict[str, tuple[str, ...]]] = {  # --compare: label -> flags; ratios are to the first
+    "sp": {
+        "sp 1, 1 thread": ("--sp-size", "1", *ONE_THREAD),
+        "sp 2, 1 thread each": ("--sp-size", "2", *ONE_THREAD),
+        "sp 1, 2 threads": ("--sp-size", "1", "--threads-per-rank", "2"),
+    },
+    "threshold": {
+        "on one rank": ("--sp-size", "2", "--sp-threshold", "1M", *ONE_THREAD),
+        "spread": ("--sp-size", "2", "--sp-threshold", "0", *ONE_THREAD),
+    },
+    "strategy": {
+        "ring_pass_kv": ("--sp-size", "2", "--sp-strategy", "ring_pass_kv", *ONE_THREAD),
+        "ring_pass_kv_up": ("--sp-size", "2", "--sp-strategy", "ring_pass_kv_up", *ONE_THREAD),
+        "token_ring": ("--sp-size", "2", "--sp-strategy", "token_ring", *ONE_THREAD),
+        "sharded_q": ("--sp-size", "2", "--sp-layout", "heads", *ONE_THREAD),
+        "sharded_q, redundant": ("--sp-size", "2", "--sp-layout", "heads", "--sp-redundant-kv", *ONE_THREAD),
+    },
 }
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 Times = dict[int, dict[str, list[float]]]  # prompt tokens -> label -> seconds
@@ -38,6 +52,7 @@ Times = dict[int, dict[str, list[float]]]  # prompt tokens -> label -> seconds
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill", description=__doc__.splitlines()[0])
+    parser.add_argument("--compare", choices=tuple(SETUPS), default="sp")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=3, help="rounds over the lengths (default: 3)")
     parser.add_argument("--long", type=int, default=32768, help="lengths above this are run once (default: 32768)")
@@ -47,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         servers = {
-            label: stack.enter_context(LaunchedServer(*flags, *args.server_args)) for label, flags in SETUPS.items()
+            label: stack.enter_context(LaunchedServer(*flags, *args.server_args))
+            for label, flags in SETUPS[args.compare].items()
         }
         times = measure(servers, args.lengths, args.repeats, args.long)
-        ranks = sharding(servers["sp 2, 1 thread each"])
+        ranks = {label: sharding(server) for label, server in servers.items()}
     report(times, ranks)
     if args.json:
         args.json.write_text(json.dumps(as_json(args, times, ranks), indent=2) + "\n")
@@ -101,19 +117,20 @@ def sharding(server: LaunchedServer) -> list[dict[str, float]]:
     return [ranks[rank] for rank in sorted(ranks, key=int)]
 
 
-def report(times: Times, ranks: list[dict[str, float]]) -> None:
-    labels = list(SETUPS)
-    print(f"{'tokens':>8}" + "".join(f"{label:>22}" for label in labels) + f"{'sp 2 / sp 1':>14}")
+def report(times: Times, ranks: dict[str, list[dict[str, float]]]) -> None:
+    labels = list(ranks)
+    print(f"{'tokens':>8}" + "".join(f"{label:>30}" for label in labels))
     for length, row in times.items():
-        medians = {label: statistics.median(row[label]) for label in labels}
-        ratio = medians[labels[1]] / medians[labels[0]]
-        print(f"{length:>8}" + "".join(f"{medians[label]:>20.3f} s" for label in labels) + f"{ratio:>14.2f}")
-    for name in ("sp:rank_query_key_pairs_total", "sp:rank_pages_used"):
-        total = sum(rank[name] for rank in ranks) or 1
-        print(f"{name} by rank: " + ", ".join(f"{rank[name] / total:.1%}" for rank in ranks))
+        first = statistics.median(row[labels[0]])
+        medians = [statistics.median(row[label]) for label in labels]
+        print(f"{length:>8}" + "".join(f"{median:>19.3f} s x {median / first:5.2f} " for median in medians))
+    for label, counted in ranks.items():
+        for name in ("sp:rank_query_key_pairs_total", "sp:rank_pages_held"):
+            total = sum(rank[name] for rank in counted) or 1
+            print(f"{label}: {name} by rank: " + ", ".join(f"{rank[name] / total:.1%}" for rank in counted))
 
 
-def as_json(args: argparse.Namespace, times: Times, ranks: list[dict[str, float]]) -> dict[str, Any]:
+def as_json(args: argparse.Namespace, times: Times, ranks: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "command": " ".join(sys.orig_argv),
@@ -121,7 +138,7 @@ def as_json(args: argparse.Namespace, times: Times, ranks: list[dict[str, float]
         "torch": version("torch"),
         "server_args": args.server_args,
         "ttft_seconds": times,
-        "ranks_of_sp2": ranks,
+        "ranks": ranks,
     }
 
 
@@ -130,8 +147,9 @@ def plot(file: Path, times: Times) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for label in SETUPS:
-        axes.plot(list(times), [statistics.median(row[label]) for row in times.values()], marker="o", label=label)
+    for label in next(iter(times.values())):
+        medians = [statistics.median(row[label]) for row in times.values()]
+        axes.plot(list(times), medians, marker="o", label=label)
     axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token (s)")
     axes.set_xticks(list(times), [f"{n // 1024}k" for n in times])
     axes.grid(alpha=0.3)

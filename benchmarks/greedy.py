@@ -1,0 +1,68 @@
+"""`python -m benchmarks.greedy`: the same greedy text whatever the number of ranks, layout and strategy.
+
+In float32, over HTTP, long prompts of Python source. The answers of every setup are compared with those of sp 1; the
+exit code is 1 if one differs. (Short prompts, and every model family against transformers: see tests/e2e.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+from tqdm import tqdm
+
+from benchmarks.launched import LaunchedServer
+
+VARIANTS = {
+    "ring_pass_kv": ("--sp-strategy", "ring_pass_kv"),
+    "ring_pass_kv_up": ("--sp-strategy", "ring_pass_kv_up"),
+    "token_ring": ("--sp-strategy", "token_ring"),
+    "sharded_q": ("--sp-layout", "heads"),
+    "sharded_q, redundant": ("--sp-layout", "heads", "--sp-redundant-kv"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.greedy", description=__doc__.splitlines()[0])
+    parser.add_argument("--sp-sizes", type=int, nargs="+", default=(2, 3, 4), metavar="N")
+    parser.add_argument("--lengths", type=int, nargs="+", default=(2000, 8000), metavar="TOKENS")
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("server_args", nargs="*", help="after --: further flags of every server")
+    args = parser.parse_args(argv)
+    setups = {"sp 1": ("--sp-size", "1")} | {
+        f"sp {n}, {name}": ("--sp-size", str(n), *flags) for n in args.sp_sizes for name, flags in VARIANTS.items()
+    }
+    rows = []
+    expected: list[str] | None = None
+    for label, flags in tqdm(setups.items(), desc="Setups", unit="setup"):
+        began = time.perf_counter()
+        with LaunchedServer("--dtype", "float32", "--oversubscribe", *flags, *args.server_args) as server:
+            texts = list(answers(server.url, args.lengths, args.output_tokens))
+        expected = expected or texts
+        rows.append({"setup": label, "equal": texts == expected, "seconds": time.perf_counter() - began})
+        tqdm.write(f"{label:28} {'equal' if texts == expected else 'DIFFERENT'}")
+    if args.json:
+        command = " ".join(sys.orig_argv)
+        args.json.write_text(json.dumps({"command": command, "expected": expected, "rows": rows}, indent=2) + "\n")
+    return int(not all(row["equal"] for row in rows))
+
+
+def answers(url: str, lengths: Sequence[int], output_tokens: int) -> Iterator[str]:
+    source = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()
+    with httpx.Client(base_url=url, timeout=1800) as http:
+        tokens = http.post("/tokenize", json={"prompt": source}).raise_for_status().json()["tokens"]
+        for length in lengths:
+            prompt = (tokens * (1 + length // len(tokens)))[:length]
+            body = {"prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "ignore_eos": True}
+            yield http.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""`python -m benchmarks.interference`: do running streams go on while a long prompt is prefilled?
+
+Short requests stream; then one long prompt arrives. Reported are the gaps between a stream's tokens before and during
+the long prefill, and the time to first token of the long prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from benchmarks.launched import LaunchedServer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.interference", description=__doc__.splitlines()[0])
+    parser.add_argument("--prompt-tokens", type=int, default=65536, help="of the long prompt")
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("server_args", nargs="*", help="after --: flags of the server (default: --sp-size 2)")
+    args = parser.parse_args(argv)
+    with LaunchedServer(*(args.server_args or ["--sp-size", "2"])) as server:
+        result = asyncio.run(measure(server.url, args.prompt_tokens, args.streams))
+    for name, value in result.items():
+        print(f"{name:>32}: {value:.3f}")
+    if args.json:
+        args.json.write_text(json.dumps({"command": " ".join(sys.orig_argv), **result}, indent=2) + "\n")
+    return 0
+
+
+async def measure(url: str, prompt_tokens: int, num_streams: int) -> dict[str, float]:
+    arrivals: list[list[float]] = [[] for _ in range(num_streams)]
+    random = np.random.default_rng(0)
+    async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(3600, connect=30)) as http:
+        streams = [asyncio.create_task(stream(http, [100 + i] * 40, times)) for i, times in enumerate(arrivals)]
+        await asyncio.sleep(5)
+        began = time.perf_counter()
+        first: list[float] = []
+        await stream(http, random.integers(200, 3000, prompt_tokens).tolist(), first, max_tokens=1)
+        ended = first[0]
+        for task in streams:
+            task.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    before = gaps(arrivals, 0.0, began)
+    during = gaps(arrivals, began, ended)
+    return {
+        "ttft_of_long_prompt_seconds": ended - began,
+        "median_gap_before_seconds": float(np.median(before)),
+        "median_gap_during_seconds": float(np.median(during)),
+        "p99_gap_during_seconds": float(np.quantile(during, 0.99)),
+        "longest_gap_during_seconds": float(max(during)),
+        "tokens_during": float(len(during)),
+    }
+
+
+async def stream(http: httpx.AsyncClient, prompt: list[int], arrivals: list[float], max_tokens: int = 100_000) -> None:
+    """Notes when each token arrives."""
+    body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    async with http.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError((await response.aread()).decode())
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                arrivals.append(time.perf_counter())
+
+
+def gaps(arrivals: list[list[float]], start: float, end: float) -> list[float]:
+    """Seconds between tokens of a stream where the later one lies in [start, end)."""
+    return [b - a for times in arrivals for a, b in zip(times, times[1:], strict=False) if start <= b < end]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
