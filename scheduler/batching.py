@@ -105,7 +105,7 @@ class Batcher:
         """The next step, with pages taken; None if there is nothing to do."""
         while self._live:
             if not (self._decode_next and self.running):
-                draft = self.lanes.select(len(self.running))
+                draft = self.lanes.select(self.running)
                 if draft.chunks:
                     self._decode_next = True
                     return PlannedStep("prefill", draft.chunks, max(draft.tokens), max(draft.pairs), draft.num_cached)

@@ -20,6 +20,7 @@ from scheduler.prefix_cache import Node
 from scheduler.sequence import Chunk, Sequence
 
 LOOKAHEAD = 128  # waiting prompts of a lane that one step considers
+RESERVED_TOKENS = 128  # room left to each stream when a prompt is admitted, so that few have to be retracted soon
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +88,7 @@ class Limits:
     tokens: int
     seconds: float
     num_running: int  # streams
+    reserved: int  # pages that are left to them
 
 
 class PrefillLanes:
@@ -121,12 +123,13 @@ class PrefillLanes:
     def clear(self) -> None:
         self.short, self.long = Lane(), Lane()
 
-    def select(self, num_running: int) -> Draft:
-        """The next prefill step, with pages taken; empty if nobody can go on."""
+    def select(self, running: list[Sequence]) -> Draft:
+        """The next prefill step, with pages taken; empty if nobody can go on. running: the streams."""
         most = self._config.chunked_prefill_size if self._config.chunked_prefill_size > 0 else sys.maxsize
-        seconds = self._config.max_prefill_seconds if num_running else math.inf
-        whole = Limits(most, seconds, num_running)
-        half = Limits(max(most // 2, self._placement.page_size), seconds / 2, num_running)
+        seconds = self._config.max_prefill_seconds if running else math.inf
+        reserved = sum(self._placement.pages_for(min(s.max_length - len(s.tokens), RESERVED_TOKENS)) for s in running)
+        whole = Limits(most, seconds, len(running), reserved)
+        half = Limits(max(most // 2, self._placement.page_size), seconds / 2, len(running), reserved)
         draft = Draft(self._placement)
         long_first = self._long_went_without and bool(self.long)
         if not long_first:
@@ -170,8 +173,7 @@ class PrefillLanes:
     def _admit(self, lane: Lane, sequence: Sequence, path: list[Node], draft: Draft, limits: Limits) -> bool:
         pages_for = self._placement.pages_for
         promised = sum(pages_for(len(s.tokens)) - len(s.pages) for s in self.prefilling)
-        # one page for each stream, so that it does not have to be retracted at once
-        if not self._placement.admit(sequence, path, promised + limits.num_running, draft.tokens):
+        if not self._placement.admit(sequence, path, promised + limits.reserved, draft.tokens):
             lane.out_of_pages = sequence
             return False
         if not sequence.was_admitted:

@@ -1,0 +1,273 @@
+"""What a request is told, and what happens when memory, workers or patience run out."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from scheduler.config import SchedulerConfig
+from scheduler.controller import Controller
+from scheduler.request import FinishReason, GenerateRequest, Output, RequestTooLong, Unavailable
+from scheduler.worker_pool import WorkerFailed
+from sp_backend.commands import Sampling, Step, StepResult
+from tests.scheduler.fake_workers import Clock, FakeWorkers, backend_config, expected_tokens
+from tests.scheduler.harness import Harness, make_harness
+
+PROMPT = list(range(10))
+
+
+def test_a_request_gets_its_tokens_one_by_one() -> None:
+    harness = make_harness()
+    harness.submit("r", PROMPT, 5)
+    harness.run(3)
+    assert harness.tokens["r"] == expected_tokens(PROMPT, 3)
+    harness.run()
+    assert harness.tokens["r"] == expected_tokens(PROMPT, 5)
+    assert harness.ends["r"].finish_reason is FinishReason.LENGTH
+
+
+def test_a_stop_token_ends_it_and_is_not_among_the_tokens() -> None:
+    harness, expected = make_harness(), expected_tokens(PROMPT, 5)
+    harness.controller.submit(GenerateRequest("r", PROMPT, 5, stop_token_ids=frozenset({expected[3]})))
+    harness.run()
+    end = harness.ends["r"]
+    assert harness.tokens["r"] == expected[:3]
+    assert (end.finish_reason, end.stop_token) == (FinishReason.STOP, expected[3])
+
+
+def test_no_stop_token_is_sampled_before_min_tokens() -> None:
+    harness, expected = make_harness(), expected_tokens(PROMPT, 2)
+    stop = frozenset({expected[0], expected[1]})
+    harness.controller.submit(GenerateRequest("r", PROMPT, 5, Sampling(banned=[3]), stop_token_ids=stop, min_tokens=2))
+    harness.run()
+    banned = [
+        s.sampling.banned for step in harness.workers.steps for g in step.groups for s in g.sequences if s.sampling
+    ]
+    assert banned[:2] == [sorted({3, *stop})] * 2 and all(b == [3] for b in banned[2:])
+    assert len(harness.tokens["r"]) >= 2 and not stop & set(harness.tokens["r"][:2])
+
+
+def test_cached_prompt_tokens_are_reported() -> None:
+    harness = make_harness()
+    harness.submit("a", PROMPT, 7)
+    harness.run()
+    harness.submit("b", PROMPT, 1)
+    harness.submit("c", PROMPT + harness.tokens["a"] + [1], 1)
+    harness.submit("d", PROMPT[:8], 1)
+    harness.run()
+    cached = {name: end.cached_tokens for name, end in harness.ends.items()}
+    assert cached == {"a": 0, "b": 8, "c": 16, "d": 4}, "whole pages, and never the last token"
+    stats = harness.controller.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens) == (10 + 10 + 18 + 8, 28)
+
+
+def test_without_prefix_cache_nothing_is_kept() -> None:
+    harness = make_harness(SchedulerConfig(prefix_cache=False))
+    for name in "ab":
+        harness.submit(name, PROMPT)
+        harness.run()
+    stats = harness.controller.stats()
+    assert stats.cached_tokens == stats.pages_cached == stats.pages_used == 0
+
+
+def test_flush_cache_empties_it() -> None:
+    harness = make_harness()
+    harness.submit("a", PROMPT)
+    harness.run()
+    assert harness.controller.stats().pages_cached == 3
+    harness.controller.flush_cache()
+    harness.run()
+    assert harness.controller.stats().pages_cached == 0
+
+
+def test_the_youngest_stream_gives_way_and_loses_nothing() -> None:
+    harness = make_harness(pages_per_rank=12)
+    names = ("old", "young")
+    for n, name in enumerate(names):
+        harness.submit(name, [n] * 10, 24)
+    harness.run()
+    assert harness.controller.stats().num_retractions > 0
+    for n, name in enumerate(names):
+        assert harness.tokens[name] == expected_tokens([n] * 10, 24)
+    assert harness.times["old"][-1] < harness.times["young"][-1]
+
+
+def test_two_half_prefilled_prompts_do_not_block_each_other() -> None:
+    harness = make_harness(SchedulerConfig(chunked_prefill_size=16, prefix_cache=False), pages_per_rank=16, sp_size=2)
+    for n in range(3):
+        harness.submit(f"r{n}", [n] * 110, 10)
+    harness.run()
+    assert [harness.tokens[f"r{n}"] for n in range(3)] == [expected_tokens([n] * 110, 10) for n in range(3)]
+
+
+def test_who_waits_for_pages_is_not_overtaken_for_ever() -> None:
+    harness = make_harness(SchedulerConfig(sp_threshold=30, prefix_cache=False), pages_per_rank=20)
+    harness.submit("small0", [1] * 8, 20)
+    harness.run(1)
+    harness.submit("big", [2] * 70, 2)
+    for n in range(1, 200):
+        harness.submit(f"small{n}", [n % 250] * 8, 20)
+        harness.run(1)
+        if "big" in harness.ends:
+            return
+    pytest.fail("the big request starved")
+
+
+@pytest.mark.parametrize("sp_size,layout", [(1, "tokens"), (2, "tokens"), (4, "tokens"), (2, "heads")])
+def test_a_request_may_fill_the_whole_cache(sp_size: int, layout: str) -> None:
+    harness = make_harness(pages_per_rank=8, sp_size=sp_size, layout=layout)
+    capacity = harness.controller.stats().capacity_tokens
+    assert capacity == 8 * 4 * sp_size
+    prompt = list(range(capacity - 20))
+    harness.submit("fits", prompt, 20)
+    harness.submit("more than fits", prompt, 1000)
+    harness.run()
+    assert harness.tokens["fits"] == harness.tokens["more than fits"] == expected_tokens(prompt, 20)
+    assert harness.ends["more than fits"].finish_reason is FinishReason.LENGTH
+    with pytest.raises(RequestTooLong, match="at most 31 fit in the KV cache|at most 63|at most 127") as refused:
+        harness.submit("too long", [0] * capacity, 1)
+    assert (refused.value.needs, refused.value.fits) == (capacity, capacity - 1)
+
+
+def test_beyond_the_context_a_request_is_refused() -> None:
+    harness = make_harness(context_length=50)
+    harness.submit("fits", [0] * 40, 10)
+    with pytest.raises(RequestTooLong, match="exceed the context length of 50"):
+        harness.submit("long", [0] * 40, 11)
+    for prompt, max_tokens in (([], 1), ([1], 0), ([-1], 1), ([1 << 31], 1)):
+        with pytest.raises(ValueError):
+            harness.submit("malformed", prompt, max_tokens)
+
+
+def test_an_abort_during_prefill_frees_the_pages_after_the_chunk() -> None:
+    harness = make_harness(SchedulerConfig(chunked_prefill_size=64, prefix_cache=False), sp_size=2)
+    harness.submit("r", [1] * 1000)
+    harness.run(2)
+    assert harness.controller.stats().pages_used == 32
+    harness.controller.abort("r")
+    harness.run()
+    assert harness.controller.stats().pages_used == 0
+    assert harness.ends["r"].finish_reason is FinishReason.ABORT and harness.tokens["r"] == []
+    harness.submit("next", PROMPT, 1)
+    harness.run()
+    assert harness.workers.steps[-1].release == [0], "the workers forget it with the next step"
+
+
+def test_tp_ranks_mirror_their_sp_rank() -> None:
+    harness = make_harness(sp_size=2, tp_size=2)
+    harness.submit("r", PROMPT)
+    harness.run()
+    ranks = harness.controller.stats().per_rank
+    assert [(r.rank, r.tp_rank, r.sp_rank) for r in ranks] == [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)]
+
+
+class FailingWorkers(FakeWorkers):
+    """Dies in its fourth step, hangs in it, or forgets a token."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(backend_config(), 100, Clock())
+        self._how = how
+
+    def poll(self, timeout: float) -> list[StepResult] | None:
+        if len(self.steps) < 4:
+            return super().poll(timeout)
+        if self._how == "dies":
+            raise WorkerFailed("worker 0 was killed by signal 9")
+        if self._how == "hangs":
+            self.clock.now += timeout
+            return None
+        return [StepResult(self.steps[-1].step_id, 0, [], 0.0, 0, 0, 0.0, 0)]
+
+
+@pytest.mark.parametrize(
+    "how,why",
+    [
+        ("dies", "worker 0 was killed by signal 9"),
+        ("hangs", "a decode step of 2 tokens took longer than the watchdog's 30 s"),
+        ("forgets", "the controller failed: KeyError(0)"),
+    ],
+)
+def test_a_failure_ends_every_request(how: str, why: str) -> None:
+    outputs: list[Output] = []
+    fatal: list[str] = []
+    workers = FailingWorkers(how)
+    config = SchedulerConfig(watchdog_timeout=30.0, max_running_requests=2)
+    controller = Controller(config, workers.config, workers, 100, outputs.extend, fatal.append, clock=workers.clock)
+    for n in range(4):
+        controller.submit(GenerateRequest(f"r{n}", PROMPT, 50))
+    for _ in range(6):
+        controller.step()
+    ends = [output for output in outputs if output.finish_reason]
+    assert sorted(end.request_id for end in ends) == ["r0", "r1", "r2", "r3"]
+    assert all((end.finish_reason, end.error) == (FinishReason.ERROR, why) for end in ends)
+    assert fatal == [why] and controller.healthy() == why
+    assert controller.stats().num_running == controller.stats().num_waiting == 0
+    with pytest.raises(Unavailable, match="."):
+        controller.submit(GenerateRequest("late", PROMPT, 1))
+
+
+def test_log_lines_read_like_sglang(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "scheduler")
+    harness = make_harness(SchedulerConfig(decode_log_interval=10), seconds=lambda tokens, pairs: 0.1)
+    for n in range(2):
+        harness.submit(f"r{n}", [n] * 10, 12)
+    harness.run()
+    lines = [record.message for record in caplog.records]
+    assert lines[0] == (
+        "Prefill batch, #new-seq: 2, #new-token: 20, #cached-token: 0, token usage: 0.01, #running-req: 2, "
+        "#queue-req: 0, input throughput (token/s): 200.00"
+    )
+    assert lines[1].startswith("Decode batch, #running-req: 2, #token: ")
+    assert "gen throughput (token/s): " in lines[1] and len(lines) == 2
+
+
+def steps_by_rank(harness: Harness) -> list[list[Step]]:
+    seen: list[list[Step]] = []
+    submit = harness.workers.submit
+
+    def record(steps: list[Step]) -> None:
+        seen.append(steps)
+        submit(steps)
+
+    harness.workers.submit = record  # type: ignore[method-assign]
+    return seen
+
+
+def test_each_rank_gets_its_own_pages_and_tokens_only() -> None:
+    harness = make_harness(SchedulerConfig(sp_threshold=8), sp_size=2)
+    seen = steps_by_rank(harness)
+    harness.submit("r", list(range(32)), 2)
+    harness.run()
+    first, second = (step.groups[0].sequences[0] for step in seen[0])
+    assert first.page_owners == second.page_owners == bytes([0, 0, 1, 1, 1, 1, 0, 0])
+    assert len(first.pages) == len(second.pages) == 4 * 4
+    assert len(first.tokens) == len(second.tokens) == 16 * 4
+    assert first.tokens[:16] == b"".join(n.to_bytes(4, "little") for n in range(4))
+    decode = [step.groups[0] for step in seen[1]]
+    assert [group.plan for group in decode] == ["decode", "decode"]
+    assert sorted(len(group.sequences[0].tokens) for group in decode) == [0, 4]
+
+
+def test_a_short_continuation_of_a_spread_prefix_runs_the_decode_plan() -> None:
+    harness = make_harness(SchedulerConfig(sp_threshold=16), sp_size=2)
+    prompt = list(range(64))
+    harness.submit("a", prompt, 1)
+    harness.run()
+    harness.submit("b", [*prompt, 1, 2, 3, 4, 5], 1)
+    harness.run()
+    group = harness.workers.steps[-1].groups[0]
+    assert group.plan == "decode" and group.sequences[0].start == 64 and group.sequences[0].home >= 0
+
+
+def test_a_hot_short_prefix_does_not_tie_everyone_to_one_rank() -> None:
+    harness = make_harness(sp_size=4)
+    prefix = [7] * 40
+    harness.submit("first", prefix, 1)
+    harness.run()
+    for n in range(32):
+        harness.submit(f"r{n}", [*prefix, n], 50)
+    harness.run(20)
+    homes = [sequence.home for sequence in harness.controller.batcher.running]
+    assert len(homes) == 32 and max(homes.count(r) for r in range(4)) <= 16
+    assert harness.controller.stats().cached_tokens >= 32 * 40 - 4 * 40
