@@ -115,7 +115,8 @@ class Decoder:
         kv = hidden.new_empty(last - first, 2, self.num_kv_heads, head_dim)
         for rows in _blocks(len(hidden)):
             x = rms_norm(hidden[rows], layer.input_norm, self.config.rms_norm_eps)
-            lo, hi = max(rows.start, first), min(rows.stop, last)
+            lo = max(rows.start, first)
+            hi = max(lo, min(rows.stop, last))
             if (lo, hi) == (rows.start, rows.stop):
                 q_part, kv_part = F.linear(x, layer.qkv, layer.qkv_bias).tensor_split([num_q], dim=-1)
             else:
@@ -123,10 +124,9 @@ class Decoder:
                 q_part = F.linear(x, layer.qkv[:num_q], q_bias)
                 kv_part = F.linear(x[lo - rows.start : hi - rows.start], layer.qkv[num_q:], kv_bias)
             q[rows] = self._rotated(q_part.view(-1, self.num_heads, head_dim), layer.q_norm, cos[rows], sin[rows])
-            if lo < hi:
-                k_part, v_part = kv_part.view(-1, 2, self.num_kv_heads, head_dim).unbind(1)
-                kv[lo - first : hi - first, 0] = self._rotated(k_part, layer.k_norm, cos[lo:hi], sin[lo:hi])
-                kv[lo - first : hi - first, 1] = v_part
+            k_part, v_part = kv_part.view(-1, 2, self.num_kv_heads, head_dim).unbind(1)
+            kv[lo - first : hi - first, 0] = self._rotated(k_part, layer.k_norm, cos[lo:hi], sin[lo:hi])
+            kv[lo - first : hi - first, 1] = v_part
         return q, kv
 
     def _rotated(self, x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:

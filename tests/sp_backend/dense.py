@@ -1,0 +1,71 @@
+"""What the decoder's tests put in the place of sequence parallelism and of process groups."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sp_backend.models.config import ModelConfig
+from sp_backend.parallel import Shard
+
+
+class DenseAttention:
+    """fp32 causal attention that remembers its keys; `exchange_kv` joins the key rows of SP peers."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shard: Shard,
+        kv_rows: slice = slice(None),
+        exchange_kv: Callable[[Tensor], Tensor] = lambda kv: kv,
+    ) -> None:
+        self.kv_rows = kv_rows
+        self.score_deviations: list[float] = []
+        self._windows = config.windows
+        self._exchange_kv = exchange_kv
+        self._history: list[Tensor | None] = [None] * config.num_layers
+        group = config.num_heads // config.num_kv_heads
+        first = shard.kv_heads(config.num_kv_heads).start
+        self._kv_of_query = [head // group - first for head in shard.query_heads(config.num_heads)]
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        kv, past = self._exchange_kv(kv), self._history[layer]
+        kv = self._history[layer] = kv if past is None else torch.cat((past, kv))
+        k, v = kv[:, :, self._kv_of_query].float().unbind(1)
+        scores = torch.einsum("qhd,khd->hqk", q.float(), k) * q.shape[-1] ** -0.5
+        distance = torch.arange(len(kv) - len(q), len(kv))[:, None] - torch.arange(len(kv))
+        visible = (distance >= 0) & (distance < (self._windows[layer] or len(kv)))
+        self.score_deviations.append(float(scores[:, visible].std()))
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+
+
+class Lockstep:
+    """Collectives of ranks that are threads."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size)
+        self._slots: list[Tensor] = [torch.empty(0)] * size
+
+    def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
+        self._slots[rank] = tensor.clone()
+        self.barrier.wait(60)
+        everyone = list(self._slots)
+        self.barrier.wait(60)
+        return everyone
+
+
+class LockstepCollectives:
+    def __init__(self, group: Lockstep, rank: int) -> None:
+        self._group, self._rank = group, rank
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(torch.stack(self._group.exchange(self._rank, tensor)).sum(0))
+
+    def gather_last(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+        pieces = self._group.exchange(self._rank, tensor)
+        assert [piece.shape[-1] for piece in pieces] == list(sizes)
+        return torch.cat(pieces, dim=-1)
