@@ -46,16 +46,15 @@ class FakeClient:
         if self.draining:
             raise Draining("draining")
         self.running.add(request.request_id)
+        ended = False
         try:
             await self._wait(self.prefill_seconds)
             async for output in self._outputs(request):
+                ended = output.finish_reason is not None
                 yield output
-            self.finished.append(request.request_id)
-        except (asyncio.CancelledError, GeneratorExit):
-            self.aborted.append(request.request_id)
-            raise
         finally:
             self.running.discard(request.request_id)
+            (self.finished if ended else self.aborted).append(request.request_id)
 
     async def _outputs(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         made, name = 0, request.request_id
@@ -74,7 +73,6 @@ class FakeClient:
                 if made == request.max_tokens:
                     break
             if name in self._asked_to_abort:
-                self.aborted.append(name)
                 yield Output(name, finish_reason=FinishReason.ABORT)
                 return
             last = FinishReason.LENGTH if made == request.max_tokens else None

@@ -1,0 +1,123 @@
+"""A megabyte of prompt must not stop the others' streams."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.server.fake_client import FakeClient
+from tests.server.live import Live, live_server
+
+TEXT = "the quick brown fox = jumps(over) the_lazy_dog\n" * 22_000  # 1.03 MB
+IDS = [i % 4000 for i in range(1_000_000)]
+# what the loop may be silent for; encoding on it, or with the GIL held, takes 0.6 s and more on a free machine
+ALLOWED = 0.35
+
+
+class Heartbeat:
+    """The longest silence of the server's event loop while the block runs."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.longest = 0.0
+
+    def __enter__(self) -> Heartbeat:
+        self._task = asyncio.run_coroutine_threadsafe(self._beat(), self._loop)
+        time.sleep(0.02)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._task.cancel()
+
+    async def _beat(self) -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.001)
+            now = time.perf_counter()
+            self.longest, last = max(self.longest, now - last), now
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Iterator[Live]:
+    """A window for a million tokens: the limit is the fake's alone."""
+    with live_server(FakeClient(capacity_tokens=2_000_000)) as live:
+        live.service.jobs._max_request_tokens = lambda: 2_000_000
+        yield live
+
+
+def post(live: Live, path: str, content: bytes) -> tuple[httpx.Response, float]:
+    """The response, and the longest silence of the loop meanwhile."""
+    headers = {"content-type": "application/json"}
+    with httpx.Client(timeout=60) as http, Heartbeat(live.loop) as heartbeat:
+        response = http.post(live.url + path, content=content, headers=headers)
+    return response, heartbeat.longest
+
+
+def test_a_megabyte_of_text(roomy: Live) -> None:
+    body = json.dumps({"prompt": TEXT, "max_tokens": 2}).encode()
+    response, silence = post(roomy, "/v1/completions", body)
+    assert response.json()["usage"]["prompt_tokens"] > 200_000
+    assert silence < ALLOWED
+
+
+def test_a_megabyte_of_chat(roomy: Live) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": TEXT}], "max_tokens": 2}).encode()
+    response, silence = post(roomy, "/v1/chat/completions", body)
+    assert response.json()["usage"]["prompt_tokens"] > 200_000
+    assert silence < ALLOWED
+
+
+def test_a_million_ids(roomy: Live) -> None:
+    response, silence = post(roomy, "/v1/completions", json.dumps({"prompt": IDS, "max_tokens": 2}).encode())
+    assert response.json()["usage"]["prompt_tokens"] == 1_000_000
+    assert roomy.client.requests[-1].prompt == IDS
+    assert silence < ALLOWED
+
+
+def test_one_bad_id_among_a_million(roomy: Live) -> None:
+    response, silence = post(roomy, "/v1/completions", json.dumps({"prompt": [*IDS, 4032]}).encode())
+    assert response.status_code == 400
+    assert "out of vocabulary" in response.json()["error"]["message"]
+    assert "$[1000000]" in response.json()["error"]["message"]
+    assert silence < ALLOWED
+
+
+def test_tokenize_a_megabyte(roomy: Live) -> None:
+    response, silence = post(roomy, "/tokenize", json.dumps({"prompt": TEXT}).encode())
+    tokens = response.json()["tokens"]
+    assert len(tokens) == response.json()["count"] and silence < ALLOWED
+    response, silence = post(roomy, "/detokenize", json.dumps({"tokens": tokens}).encode())
+    assert response.json()["text"] == TEXT and silence < ALLOWED
+
+
+def test_streams_go_on_while_long_prompts_arrive(roomy: Live) -> None:
+    """Gaps of a running stream, with five megabyte prompts arriving at once."""
+
+    async def run() -> float:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=roomy.url, timeout=60, limits=limits) as http:
+            long = json.dumps({"prompt": TEXT, "max_tokens": 1}).encode()
+            body = {"prompt": "a b c", "max_tokens": 100_000, "stream": True}
+            longest, last = 0.0, None
+            async with http.stream("POST", "/v1/completions", json=body) as stream:
+                headers = {"content-type": "application/json"}
+                calls = [http.post("/v1/completions", content=long, headers=headers) for _ in range(5)]
+                others = [asyncio.create_task(call) for call in calls]
+                async for _ in stream.aiter_bytes():
+                    now = time.perf_counter()
+                    longest, last = max(longest, now - (last or now)), now
+                    if all(other.done() for other in others):
+                        break
+            assert all(other.result().status_code == 200 for other in others)
+            return longest
+
+    roomy.client.token_seconds = 0.005
+    try:
+        assert asyncio.run(run()) < 2 * ALLOWED
+    finally:
+        roomy.client.token_seconds = 0.0
