@@ -73,9 +73,7 @@ class Executor:
     def schedule(self, geometry: Geometry, window: int | None = None) -> Schedule:
         return self._builder.build(geometry, window)
 
-    def run(
-        self, schedule: Schedule, q: Mapping[int, Tensor], kv: Mapping[int, Tensor]
-    ) -> dict[int, AttentionState]:
+    def run(self, schedule: Schedule, q: Mapping[int, Tensor], kv: Mapping[int, Tensor]) -> dict[int, AttentionState]:
         """The state of every query chunk that ends on this rank.
 
         q: chunk -> [rows, heads, head_dim]; kv: chunk -> [rows, 2, kv_heads, head_dim], both in the model's
@@ -123,9 +121,9 @@ class Run:
     ) -> None:
         self._executor, self._schedule = executor, schedule
         self._held: dict[Block, Tensor] = {}
-        for block, rank in executor.plan.layout.start():
+        for block in executor.program.start:
             tensor = (q if block.operand == Q else kv).get(block.chunk)
-            if rank == executor.rank and tensor is not None:
+            if tensor is not None:
                 assert tensor.dtype == executor.dtype, f"{block} is {tensor.dtype}, not {executor.dtype}"
                 self._held[block] = tensor
         self._arrivals: dict[Block, _Arrival] = {}
@@ -217,11 +215,20 @@ class Run:
         return tensor
 
     def _attend(self, call: KernelCall) -> None:
-        q = join_rows([self._read(part.slice) for part in call.qs])
-        state = call.attend(q, self._read(call.kv))
+        state = call.attend(self._queries(call), self._read(call.kv))
         self._executor.counters.kernel_calls += 1
         for part in call.qs:
-            self._fold(part.block, state.rows(part.first, part.last))
+            self._fold(part.block, state.rows(*part.rows).heads(*part.heads))
+
+    def _queries(self, call: KernelCall) -> Tensor:
+        """[rows, heads, head_dim] of a call."""
+        blocks = [self._read(part.slice) for part in call.qs]
+        if all(part.heads == (0, call.num_heads) for part in call.qs):
+            return join_rows(blocks)
+        q = blocks[0].new_empty(call.num_rows, call.num_heads, self._executor.head_dim)
+        for part, block in zip(call.qs, blocks, strict=True):
+            q[slice(*part.rows), slice(*part.heads)] = block
+        return q
 
     def _fold(self, block: Block, state: AttentionState) -> None:
         """Merge a result into its slot; an empty slot that it fills keeps its memory."""

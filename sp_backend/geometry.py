@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,17 @@ def piece_rows(rows: int, piece: tuple[int, int]) -> tuple[int, int]:
     return rows * i // n, rows * (i + 1) // n
 
 
+Ranges = list[tuple[int, int]]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Geometry:
     """positions[s][c] are absolute, ascending, one a row; needed only under a sliding window."""
 
     rows: Sequence[Sequence[int]]  # [sequence][chunk], history chunks included
     positions: Sequence[Sequence[Positions]] | None = None
+    _ranges: dict[tuple[int, tuple[int, int]], Ranges] = field(default_factory=dict, init=False, repr=False)
+    _spans: dict[tuple[int, tuple[int, int]], Ranges] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.positions is None or [[len(p) for p in c] for c in self.positions] == [
@@ -43,25 +48,28 @@ class Geometry:
 
     def num_rows(self, block: Block) -> int:
         """Rows of a block, all sequences."""
-        if block.piece == (0, 1):
-            return sum(r[block.chunk] for r in self.rows)
-        return sum(hi - lo for lo, hi in self.ranges(block))
+        spans = self.spans(block)
+        return spans[-1][1] if spans else 0
 
-    def ranges(self, block: Block) -> list[tuple[int, int]]:
+    def ranges(self, block: Block) -> Ranges:
         """Each sequence's rows of a block, as a range of its own rows in the chunk."""
-        return [piece_rows(r[block.chunk], block.piece) for r in self.rows]
+        key = block.chunk, block.piece
+        if key not in self._ranges:
+            self._ranges[key] = [piece_rows(r[block.chunk], block.piece) for r in self.rows]
+        return self._ranges[key]
 
-    def spans(self, block: Block) -> list[tuple[int, int]]:
+    def spans(self, block: Block) -> Ranges:
         """Each sequence's rows of a block, as a range of the block's rows (sequences follow each other)."""
-        ends = list(accumulate((hi - lo for lo, hi in self.ranges(block)), initial=0))
-        return list(zip(ends, ends[1:], strict=False))
+        key = block.chunk, block.piece
+        if key not in self._spans:
+            ends = list(accumulate((hi - lo for lo, hi in self.ranges(block)), initial=0))
+            self._spans[key] = list(pairwise(ends))
+        return self._spans[key]
 
     def block_positions(self, block: Block) -> Positions:
         """Positions of a block's rows, all sequences."""
         assert self.positions is not None, "a sliding window needs positions"
-        parts = [
-            p[block.chunk][lo:hi] for p, (lo, hi) in zip(self.positions, self.ranges(block), strict=True)
-        ]
+        parts = [p[block.chunk][lo:hi] for p, (lo, hi) in zip(self.positions, self.ranges(block), strict=True)]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
@@ -74,9 +82,7 @@ def block_bytes(layout: Layout, block: Block, rows: int, head_dim: int, itemsize
     return rows * (block.heads[1] - block.heads[0]) * width
 
 
-def predicted_bytes(
-    plan: Plan, geometry: Geometry, head_dim: int, itemsize: int
-) -> list[Counter[tuple[int, int]]]:
+def predicted_bytes(plan: Plan, geometry: Geometry, head_dim: int, itemsize: int) -> list[Counter[tuple[int, int]]]:
     """Per round: bytes from rank src to rank dst, by (src, dst)."""
     rounds = []
     for r in plan.rounds:
@@ -104,8 +110,7 @@ def query_key_pairs(plan: Plan, geometry: Geometry, rank: int) -> float:
     for r in plan.rounds:
         for a in r.attends:
             if a.rank == rank:
-                weighted += (a.q.heads[1] - a.q.heads[0]) * sum(
-                    visible_pairs(qh - ql, kh - kl, a.mask == CAUSAL)
-                    for (ql, qh), (kl, kh) in zip(geometry.ranges(a.q), geometry.ranges(a.kv), strict=True)
-                )
+                spans = zip(geometry.spans(a.q), geometry.spans(a.kv), strict=True)
+                pairs = (visible_pairs(qh - ql, kh - kl, a.mask == CAUSAL) for (ql, qh), (kl, kh) in spans)
+                weighted += (a.q.heads[1] - a.q.heads[0]) * sum(pairs)
     return weighted / plan.layout.num_heads

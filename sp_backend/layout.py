@@ -70,9 +70,7 @@ class Layout:
     num_heads: int
     num_kv_heads: int
     causal: bool = True
-    history: History = (
-        "all"  # whose queries see a rank's cached tokens: all, those of its own chunks, or none exist
-    )
+    history: History = "all"  # whose queries see a rank's cached tokens: all, those of its own chunks, or none exist
     redundant_kv: bool = False  # heads only: KV of new tokens is on every rank from the start
 
     def __post_init__(self) -> None:
@@ -124,11 +122,7 @@ class Layout:
 
     def kv_of(self, rank: int) -> list[int]:
         """The KV chunks that a rank holds at the start, in index order."""
-        return [
-            c
-            for c in range(self.num_chunks)
-            if self.owner(c) == rank or (self.redundant_kv and c < self.num_new)
-        ]
+        return [c for c in range(self.num_chunks) if self.owner(c) == rank or (self.redundant_kv and c < self.num_new)]
 
     def heads_of(self, rank: int) -> Heads:
         """The query heads whose Q a rank holds at the start."""

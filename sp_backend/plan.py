@@ -86,9 +86,7 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in cells)
         lay = self.layout
-        title = (
-            f"{self.name}: layout {lay.kind}, {lay.num_ranks} ranks, {lay.num_heads}:{lay.num_kv_heads} heads"
-        )
+        title = f"{self.name}: layout {lay.kind}, {lay.num_ranks} ranks, {lay.num_heads}:{lay.num_kv_heads} heads"
         return "\n".join([title, *lines])
 
 
@@ -135,8 +133,7 @@ def _drop_unused(plan: Plan) -> Plan:
         live = [
             t
             for t in r.transfers
-            if t.block.operand == STATE
-            or any(t.block.holds(b) for b in used[t.dst, t.block.operand, t.block.chunk])
+            if t.block.operand == STATE or any(t.block.holds(b) for b in used[t.dst, t.block.operand, t.block.chunk])
         ]
         for t in live:
             used[t.src, t.block.operand, t.block.chunk].add(t.block)
@@ -151,11 +148,7 @@ def _drop_empty_states(plan: Plan) -> Plan:
     filled: set[tuple[int, int, tuple[int, int]]] = set()  # slots with something in them
     rounds = []
     for r in plan.rounds:
-        live = [
-            t
-            for t in r.transfers
-            if t.block.operand != STATE or (t.src, t.block.chunk, t.block.heads) in filled
-        ]
+        live = [t for t in r.transfers if t.block.operand != STATE or (t.src, t.block.chunk, t.block.heads) in filled]
         states = [t for t in live if t.block.operand == STATE]
         filled -= {(t.src, t.block.chunk, t.block.heads) for t in states}
         filled |= {(a.rank, a.q.chunk, a.q.heads) for a in r.attends}

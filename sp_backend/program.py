@@ -1,18 +1,19 @@
 """One rank's side of a plan, resolved once: what each message carries, what each kernel call reads, what dies
 when.
 
-Pure: no torch, no sizes. Blocks of one link and round travel in one message. Full attends of a round that
-read the same keys become one kernel call over several query chunks. Results are folded in the order written
-here, so the same run gives the same bits on every transport.
+Pure: no torch, no sizes. Blocks of one link and round travel in one message. Full attends of a round that read
+the same keys become one kernel call over several query chunks, and adjacent groups of heads that meet the same
+keys are put side by side. Results are folded in the order written here, so the same run gives the same bits on
+every transport.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from sp_backend.layout import CAUSAL, FULL, STATE, Block, Heads
+from sp_backend.layout import CAUSAL, FULL, KV, STATE, Block, Heads
 from sp_backend.plan import Attend, Plan, Transfer
 
 
@@ -38,9 +39,9 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Query chunks that meet the same keys; just one if causal."""
+    """Query chunks that meet the same keys (just one if causal), each in one or more adjacent groups of heads."""
 
-    qs: tuple[Use, ...]
+    qs: tuple[tuple[Use, ...], ...]  # [query chunk][heads]
     kv: Use
     causal: bool
 
@@ -56,17 +57,16 @@ class ProgramRound:
 @dataclass(frozen=True, slots=True)
 class Program:
     rounds: tuple[ProgramRound, ...]
-    slots: dict[
-        tuple[int, Heads], Heads
-    ]  # (query chunk, heads of a state) -> heads of the slot it is folded into
+    slots: dict[tuple[int, Heads], Heads]  # (query chunk, heads of a state) -> heads of the slot it is folded into
+    start: tuple[Block, ...]  # Q and KV held before the first round
     finish: tuple[Block, ...]  # states that end on this rank
 
 
 def compile_rank(plan: Plan, rank: int) -> Program:
     held: dict[tuple[str, int], list[Block]] = defaultdict(list)
-    for block, r in plan.layout.start():
-        if r == rank:
-            held[block.operand, block.chunk].append(block)
+    start = tuple(b for b, r in plan.layout.start() if r == rank)
+    for block in start:
+        held[block.operand, block.chunk].append(block)
     received: list[Block] = []
     last_use: dict[Block, int] = {}
 
@@ -81,8 +81,12 @@ def compile_rank(plan: Plan, rank: int) -> Program:
     for when, part in enumerate(plan.for_rank(rank)):
         sends = [Outgoing(dst, tuple(use(b, when) for b in bs)) for dst, bs in _by_link(part.sends, "dst")]
         calls = [
-            Call(tuple(use(a.q, when) for a in group), use(group[0].kv, when), group[0].mask == CAUSAL)
-            for group in _grouped(part.attends)
+            Call(
+                tuple(tuple(use(a.q, when) for a in same_chunk) for same_chunk in zip(*groups, strict=True)),
+                use(kv, when),
+                groups[0][0].mask == CAUSAL,
+            )
+            for kv, groups in _fused(part.attends, lambda b: any(h.holds(b) for h in held[KV, b.chunk]))
         ]
         receives = tuple(Incoming(src, bs) for src, bs in _by_link(part.receives, "src"))
         for b in (b for m in receives for b in m.blocks if b.operand != STATE):
@@ -96,6 +100,7 @@ def compile_rank(plan: Plan, rank: int) -> Program:
     return Program(
         tuple(ProgramRound(*r, tuple(dead[i])) for i, r in enumerate(rounds)),
         _slots(plan, rank),
+        start,
         tuple(b for b, r in plan.layout.finish() if r == rank),
     )
 
@@ -107,11 +112,27 @@ def _by_link(transfers: Sequence[Transfer], end: str) -> list[tuple[int, tuple[B
     return [(peer, tuple(blocks)) for peer, blocks in links.items()]
 
 
-def _grouped(attends: Sequence[Attend]) -> list[list[Attend]]:
-    groups: dict[object, list[Attend]] = defaultdict(list)
+def _fused(attends: Sequence[Attend], is_held: Callable[[Block], bool]) -> list[tuple[Block, list[list[Attend]]]]:
+    """Kernel calls: the keys of each, and its attends by group of heads, then by query chunk."""
+    rows: dict[object, list[Attend]] = defaultdict(list)
     for a in attends:
-        groups[(a.kv, a.q.heads) if a.mask == FULL else a].append(a)
-    return list(groups.values())
+        rows[(a.kv, a.q.heads) if a.mask == FULL else a].append(a)
+    columns: dict[object, list[list[Attend]]] = defaultdict(list)
+    for group in rows.values():
+        first = group[0]
+        columns[first.kv.chunk, first.kv.piece, first.mask, *(a.q.chunk for a in group)].append(group)
+    calls: list[tuple[Block, list[list[Attend]]]] = []
+    for groups in columns.values():
+        groups.sort(key=lambda group: group[0].kv.heads)
+        for i, group in enumerate(groups):
+            kv = group[0].kv
+            if i and calls[-1][0].heads[1] == kv.heads[0]:
+                hull = replace(kv, heads=(calls[-1][0].heads[0], kv.heads[1]))
+                if is_held(hull):
+                    calls[-1] = hull, [*calls[-1][1], group]
+                    continue
+            calls.append((kv, [group]))
+    return calls
 
 
 def _slots(plan: Plan, rank: int) -> dict[tuple[int, Heads], Heads]:

@@ -48,19 +48,21 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class CallPart:
-    """A query block and its rows in a call."""
+    """A query block and its place in a call."""
 
     block: Block
     slice: Slice
-    first: int
-    last: int
+    rows: tuple[int, int]
+    heads: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class KernelCall:
-    """Attends the rows of several query chunks, one below the other."""
+    """Attends query chunks, one below the other, that may each be made of groups of heads side by side."""
 
     qs: tuple[CallPart, ...]
+    num_rows: int
+    num_heads: int
     kv: Slice
     attend: Attention
 
@@ -121,44 +123,56 @@ class ScheduleBuilder:
         rows = [(u, n) for u, n in rows if n]
         sizes = [block_bytes(self.plan.layout, u.block, n, self.head_dim, self.itemsize) for u, n in rows]
         ends = list(accumulate(sizes))
-        sections = (
-            Section(u, n, end - size, end) for (u, n), size, end in zip(rows, sizes, ends, strict=True)
-        )
+        sections = (Section(u, n, end - size, end) for (u, n), size, end in zip(rows, sizes, ends, strict=True))
         return Envelope(peer, sum(sizes), tuple(sections))
 
     def _call(self, geometry: Geometry, window: int | None, call: Call) -> KernelCall | None:
         layout, kv = self.plan.layout, call.kv.block
-        k_spans = geometry.spans(kv)
         spans: list[Span] = []
-        qs: list[CallPart] = []
+        parts: list[CallPart] = []
         first = 0
-        for use in call.qs:
-            q_spans = geometry.spans(use.block)
+        for uses in call.qs:
+            q_spans = geometry.spans(uses[0].block)
             met = [
                 Span(first + q_lo, first + q_hi, k_lo, k_hi)
-                for (q_lo, q_hi), (k_lo, k_hi) in zip(q_spans, k_spans, strict=True)
+                for (q_lo, q_hi), (k_lo, k_hi) in zip(q_spans, geometry.spans(kv), strict=True)
                 if q_hi > q_lo and k_hi > k_lo
             ]
             if met:
-                last = first + q_spans[-1][1]
-                qs.append(CallPart(use.block, _slice(layout, geometry, use), first, last))
+                rows = (first, first + q_spans[-1][1])
+                parts += [self._part(geometry, use, rows, kv.heads[0]) for use in uses]
                 spans += met
-                first = last
+                first = rows[1]
         if not spans:
             return None
-        group = layout.num_heads // layout.num_kv_heads
-        work = Work(
+        work = self._work(geometry, window, call, spans, parts)
+        num_heads = work.heads.num_heads
+        return KernelCall(tuple(parts), first, num_heads, _slice(layout, geometry, call.kv), self.kernel(work))
+
+    def _part(self, geometry: Geometry, use: Use, rows: tuple[int, int], first_head: int) -> CallPart:
+        lo, hi = use.block.heads
+        where = _slice(self.plan.layout, geometry, use)
+        return CallPart(use.block, where, rows, (lo - first_head, hi - first_head))
+
+    def _work(
+        self, geometry: Geometry, window: int | None, call: Call, spans: list[Span], parts: list[CallPart]
+    ) -> Work:
+        layout, kv = self.plan.layout, call.kv.block
+        q_positions = k_positions = None
+        if window is not None:
+            q_positions = self._positions(geometry, [p.block for p in parts if p.heads[0] == 0])
+            k_positions = self._positions(geometry, [kv])
+        return Work(
             spans=tuple(spans),
             causal=call.causal if window is None else layout.causal,
-            heads=HeadMap(*kv.heads, group),
+            heads=HeadMap(*kv.heads, layout.num_heads // layout.num_kv_heads),
             head_dim=self.head_dim,
             scale=self.scale,
-            num_queries=first,
+            num_queries=parts[-1].rows[1],
             window=window,
-            q_positions=self._positions(geometry, [p.block for p in qs]) if window is not None else None,
-            k_positions=self._positions(geometry, [kv]) if window is not None else None,
+            q_positions=q_positions,
+            k_positions=k_positions,
         )
-        return KernelCall(tuple(qs), _slice(layout, geometry, call.kv), self.kernel(work))
 
     def _positions(self, geometry: Geometry, blocks: Sequence[Block]) -> Tensor:
         parts: list[Positions] = [geometry.block_positions(b) for b in blocks]

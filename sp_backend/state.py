@@ -18,9 +18,7 @@ class AttentionState:
     lse: Tensor  # [rows, heads] fp32
 
     @classmethod
-    def empty(
-        cls, rows: int, heads: int, head_dim: int, device: torch.device | str = "cpu"
-    ) -> AttentionState:
+    def empty(cls, rows: int, heads: int, head_dim: int, device: torch.device | str = "cpu") -> AttentionState:
         out = torch.zeros(rows, heads, head_dim, dtype=torch.float32, device=device)
         return cls(out, torch.full((rows, heads), -torch.inf, dtype=torch.float32, device=device))
 

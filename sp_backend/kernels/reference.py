@@ -37,9 +37,7 @@ def _visible(work: Work, span: Span, device: torch.device) -> Tensor:
     num_q, num_k = span.q_hi - span.q_lo, span.k_hi - span.k_lo
     if work.window is not None:
         assert work.q_positions is not None and work.k_positions is not None
-        distance = (
-            work.q_positions[span.q_lo : span.q_hi, None] - work.k_positions[None, span.k_lo : span.k_hi]
-        )
+        distance = work.q_positions[span.q_lo : span.q_hi, None] - work.k_positions[None, span.k_lo : span.k_hi]
         return (distance < work.window) & (distance >= 0 if work.causal else True)
     visible = torch.ones(num_q, num_k, dtype=torch.bool, device=device)
     return visible.tril(num_k - num_q) if work.causal else visible

@@ -1,9 +1,9 @@
 """Decode: Q goes to every rank, each attends the KV it holds, and each state goes to its owner: two
 exchanges.
 
-For few new tokens over a long cache: bytes grow with the queries alone, and no ring of P steps is paid for.
-The own queries are attended while the others travel. In layout heads a query chunk starts, and its state
-ends, in groups of heads, one a rank.
+For few new tokens over a long cache: bytes grow with the queries alone, and no ring of P steps is paid for. The
+own queries are attended while the others travel. In layout heads a query chunk starts, and its state ends, in
+groups of heads, one a rank; there all are attended together, so that the cache is read once and not once a group.
 """
 
 from __future__ import annotations
@@ -24,12 +24,8 @@ def build(layout: Layout) -> Plan:
 
     gather = [Transfer(Block(Q, c, layout.heads_of(r)), r, s) for r, s in pairs for c in layout.q_of(r)]
     scatter = [Transfer(Block(STATE, c, layout.heads_of(s)), r, s) for r, s in pairs for c in layout.q_of(s)]
-    return Plan(
-        "decode",
-        layout,
-        (
-            Round(tuple(gather), tuple(a for r in ranks for a in attends(r, r))),
-            Round((), tuple(a for r, s in pairs for a in attends(r, s))),
-            Round(tuple(scatter), ()),
-        ),
-    )
+    own = [a for r in ranks for a in attends(r, r)]
+    others = [a for r, s in pairs for a in attends(r, s)]
+    first, second = ([], own + others) if layout.kind == "heads" else (own, others)
+    rounds = (Round(tuple(gather), tuple(first)), Round((), tuple(second)), Round(tuple(scatter), ()))
+    return Plan("decode", layout, rounds)

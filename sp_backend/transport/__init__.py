@@ -29,9 +29,7 @@ class Transport(Protocol):
     @property
     def size(self) -> int: ...
 
-    def exchange(
-        self, receives: Sequence[Message], sends: Iterable[Message]
-    ) -> tuple[list[Pending], list[Pending]]:
+    def exchange(self, receives: Sequence[Message], sends: Iterable[Message]) -> tuple[list[Pending], list[Pending]]:
         """Post all receives, then draw and post the sends one by one: drawing one may wait for its data.
 
         On every link, messages arrive in the order in which they were posted.

@@ -36,17 +36,13 @@ class GlooTransport:
         """Build the groups of all SP groups (every rank of the world must call this) and return my end."""
         mine: GlooTransport | None = None
         for ranks in sp_groups(world_size, sp_size):
-            up, down = (
-                dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2)
-            )
+            up, down = (dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2))
             if my_rank in ranks:
                 mine = cls(up, down, timeout)
         assert mine is not None, f"rank {my_rank} is outside the world of {world_size}"
         return mine
 
-    def exchange(
-        self, receives: Sequence[Message], sends: Iterable[Message]
-    ) -> tuple[list[Pending], list[Pending]]:
+    def exchange(self, receives: Sequence[Message], sends: Iterable[Message]) -> tuple[list[Pending], list[Pending]]:
         receiving: list[Pending] = [
             _GlooPending(
                 dist.irecv(m.data, group=self._group(m.peer, self.rank), group_src=m.peer),
@@ -82,6 +78,4 @@ class _GlooPending:
         try:
             work.wait(self._timeout)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"{self._failure} within {self._timeout.total_seconds():g} s: {error}"
-            ) from error
+            raise RuntimeError(f"{self._failure} within {self._timeout.total_seconds():g} s: {error}") from error

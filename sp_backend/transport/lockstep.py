@@ -15,9 +15,7 @@ class LockstepNetwork:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.sent: dict[tuple[int, int], dict[int, Tensor]] = defaultdict(
-            dict
-        )  # link -> message number -> data
+        self.sent: dict[tuple[int, int], dict[int, Tensor]] = defaultdict(dict)  # link -> message number -> data
         self.num_sent: dict[tuple[int, int], int] = defaultdict(int)
         self.num_received: dict[tuple[int, int], int] = defaultdict(int)
 
@@ -35,9 +33,7 @@ class LockstepTransport:
         self.rank = rank
         self.size = network.size
 
-    def exchange(
-        self, receives: Sequence[Message], sends: Iterable[Message]
-    ) -> tuple[list[Pending], list[Pending]]:
+    def exchange(self, receives: Sequence[Message], sends: Iterable[Message]) -> tuple[list[Pending], list[Pending]]:
         network, pending = self._network, list[Pending]()
         for m in receives:
             link = (m.peer, self.rank)
@@ -62,9 +58,7 @@ class _Receive:
             return
         data = self._network.sent[self._link].pop(self._number, None)
         assert data is not None, f"waiting on link {self._link} for a message not sent yet"
-        assert data.shape == self._data.shape, (
-            f"link {self._link}: sent {data.shape}, expected {self._data.shape}"
-        )
+        assert data.shape == self._data.shape, f"link {self._link}: sent {data.shape}, expected {self._data.shape}"
         self._data.copy_(data)
         self._done = True
 

@@ -15,9 +15,7 @@ class RecordingTransport:
         self.size = inner.size
         self.bytes: Counter[tuple[int, int]] = Counter()  # (src, dst) -> bytes sent
 
-    def exchange(
-        self, receives: Sequence[Message], sends: Iterable[Message]
-    ) -> tuple[list[Pending], list[Pending]]:
+    def exchange(self, receives: Sequence[Message], sends: Iterable[Message]) -> tuple[list[Pending], list[Pending]]:
         return self._inner.exchange(receives, self._counted(sends))
 
     def _counted(self, sends: Iterable[Message]) -> Iterator[Message]:

@@ -66,7 +66,17 @@ def compare(name: str, work: Work, q: torch.Tensor, kv: torch.Tensor, dtype: tor
 
 
 HEAD_MAPS = [HeadMap(0, 4, 1), HeadMap(0, 8, 4), HeadMap(2, 4, 8), HeadMap(4, 8, 3), HeadMap(1, 8, 3)]
-LENGTHS = [[(40, 40)], [(1, 300)], [(5, 70), (1, 1), (0, 9), (9, 0), (17, 33)], [(30, 7)], [], [(0, 0)]]
+LENGTHS = [
+    [(1, 1)] * 5,
+    [(4, 9)] * 3,
+    [(7, 3)] * 2,
+    [(40, 40)],
+    [(1, 300)],
+    [(5, 70), (1, 1), (0, 9), (9, 0), (17, 33)],
+    [(30, 7)],
+    [],
+    [(0, 0)],
+]
 
 
 @pytest.mark.parametrize("name", FAST)
