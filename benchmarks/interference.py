@@ -40,17 +40,19 @@ async def measure(url: str, prompt_tokens: int, num_streams: int) -> dict[str, f
     arrivals: list[list[float]] = [[] for _ in range(num_streams)]
     random = np.random.default_rng(0)
     async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(3600, connect=30)) as http:
+        vocab_size = (await http.get("/model_info")).raise_for_status().json()["vocab_size"]
         streams = [asyncio.create_task(stream(http, [100 + i] * 40, times)) for i, times in enumerate(arrivals)]
         await asyncio.sleep(5)
         began = time.perf_counter()
         first: list[float] = []
-        await stream(http, random.integers(200, 3000, prompt_tokens).tolist(), first, max_tokens=1)
+        await stream(http, random.integers(100, vocab_size * 9 // 10, prompt_tokens).tolist(), first, max_tokens=1)
         ended = first[0]
         for task in streams:
             task.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
-    before = gaps(arrivals, 0.0, began)
-    during = gaps(arrivals, began, ended)
+    before, during = gaps(arrivals, 0.0, began), gaps(arrivals, began, ended)
+    if not (before and during):
+        raise RuntimeError(f"the long prompt was done too soon to tell: raise --prompt-tokens {prompt_tokens}")
     return {
         "ttft_of_long_prompt_seconds": ended - began,
         "median_gap_before_seconds": float(np.median(before)),

@@ -125,9 +125,13 @@ def report(times: Times, ranks: dict[str, list[dict[str, float]]]) -> None:
         medians = [statistics.median(row[label]) for label in labels]
         print(f"{length:>8}" + "".join(f"{median:>19.3f} s x {median / first:5.2f} " for median in medians))
     for label, counted in ranks.items():
-        for name in ("sp:rank_query_key_pairs_total", "sp:rank_pages_held"):
-            total = sum(rank[name] for rank in counted) or 1
-            print(f"{label}: {name} by rank: " + ", ".join(f"{rank[name] / total:.1%}" for rank in counted))
+        print(label)
+        shares("query-key pairs", [rank["sp:rank_query_key_pairs_total"] for rank in counted])
+        shares("pages", [rank["sp:rank_pages_used"] + rank["sp:rank_pages_cached"] for rank in counted])
+
+
+def shares(name: str, values: list[float]) -> None:
+    print(f"  {name} by rank: " + ", ".join(f"{value / (sum(values) or 1):.1%}" for value in values))
 
 
 def as_json(args: argparse.Namespace, times: Times, ranks: dict[str, list[dict[str, float]]]) -> dict[str, Any]:

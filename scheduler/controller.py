@@ -253,6 +253,7 @@ class Controller:
             tp_rank=rank // self._backend.sp_size,
             num_pages=pool.pages_per_rank,
             pages_used=pool.num_used(sp_rank),
+            pages_cached=pool.num_idle(sp_rank),
             query_key_pairs=result.query_key_pairs if result else 0,
             bytes_sent=result.bytes_sent if result else 0,
             wait_seconds=result.wait_seconds if result else 0.0,

@@ -17,6 +17,7 @@ class RankStats:
     tp_rank: int
     num_pages: int
     pages_used: int  # held by requests
+    pages_cached: int = 0  # kept for the prefix cache alone
     query_key_pairs: int = 0
     bytes_sent: int = 0
     wait_seconds: float = 0.0

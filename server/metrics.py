@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -20,6 +20,7 @@ TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3
 
 class Metrics:
     def __init__(self, model_name: str, stats: Callable[[], Stats]) -> None:
+        disable_created_metrics()  # each would double its counter with a start time
         self._registry = CollectorRegistry()
         self._registry.register(_SchedulerCollector(model_name, stats))
         self._labels = {"model_name": model_name}
@@ -114,6 +115,10 @@ class _SchedulerCollector(Collector):
         labels = ["model_name", "rank", "sp_rank", "tp_rank"]
         families: list[tuple[Metric, str]] = [
             (GaugeMetricFamily("sp:rank_pages_used", "KV pages in use", labels=labels), "pages_used"),
+            (
+                GaugeMetricFamily("sp:rank_pages_cached", "KV pages kept for the prefix cache alone", labels=labels),
+                "pages_cached",
+            ),
             (GaugeMetricFamily("sp:rank_pages_total", "KV pages", labels=labels), "num_pages"),
             (_rank_counter("query_key_pairs", "Attention work", labels), "query_key_pairs"),
             (_rank_counter("bytes_sent", "Bytes sent by attention plans", labels), "bytes_sent"),

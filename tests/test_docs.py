@@ -1,0 +1,96 @@
+"""Every command in the README and in docs/ runs: the same words, on a tiny model, with small numbers."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.launched import ROOT, LaunchedServer, free_port
+from tests.checkpoints import make_checkpoint
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_RUN = {  # command -> why
+    "make test": "it is what runs this",
+    "python3 -m venv": "it fetches from PyTorch's own index",
+    "python -m server.default_model": "training and its evaluation take most of an hour",
+}
+SMALLER = {"32768": "200", "65536": "4000", "2000": "150", "8000": "250", "64": "4", "16": "3", "256k": "8192"}
+QUICKER = {  # module -> flags that make it quick
+    "benchmarks.prefill": "--lengths 128 --repeats 1",
+    "benchmarks.greedy": "--sp-sizes 2 --output-tokens 4",
+}
+
+
+def commands() -> list[str]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line.split(" # ")[0].strip().removeprefix(".venv/bin/") for line in lines if line.strip()]
+    return list(dict.fromkeys(found))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[LaunchedServer]:
+    with LaunchedServer("--model-path", str(model), "--sp-size", "2", "--max-total-tokens", "8192") as launched:
+        yield launched
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not c.startswith(tuple(NOT_RUN))])
+def test_command(command: str, model: Path, server: LaunchedServer, tmp_path: Path) -> None:
+    words = [SMALLER.get(word, word) for word in shlex.split(command)]
+    words = [str(model) if word == "FOLDER" else word.replace(":30000", f":{server.port}") for word in words]
+    if words == ["make", "serve"]:
+        _serves(words + ["-o", f"{sys.prefix}/.serve", f"VENV={sys.prefix}"])
+    elif words[0] == "curl":
+        answer = subprocess.run([*words, "-fsS"], capture_output=True, text=True, timeout=60, check=True)
+        assert '"finish_reason":"length"' in answer.stdout
+    elif words[:3] == ["python", "-m", "server.launch"]:
+        with LaunchedServer(*words[3:], "--oversubscribe") as launched:
+            assert "ready to roll" in launched.output()
+    else:
+        assert words[:2] == ["python", "-m"], f"no rule for {command!r}"
+        words += QUICKER.get(words[2], "").split()
+        if words[2].startswith("benchmarks."):
+            words += ["--", "--model-path", str(model), "--max-total-tokens", "8192"]
+        _run([sys.executable, *words[1:]], tmp_path)
+        outputs = [words[i + 1] for i, word in enumerate(words) if word in ("--json", "--plot")]
+        assert all((tmp_path / name).stat().st_size for name in outputs)
+
+
+def _run(words: list[str], folder: Path) -> None:
+    ran = subprocess.run(
+        words, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, timeout=240
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def _serves(make: list[str]) -> None:
+    """`make serve`, on another port, prints that it is ready and a curl line."""
+    process = subprocess.Popen(
+        [*make, f"SERVE_ARGS=--sp-size 2 --port {free_port()}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        lines = iter(process.stdout.readline, "")
+        assert any("ready to roll" in line for line in lines)
+        assert next(lines).startswith("curl ")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_the_cpu_build_is_pinned() -> None:
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text()
+    assert "download.pytorch.org/whl/cpu" in (ROOT / "README.md").read_text()
