@@ -41,13 +41,19 @@ async def measure(url: str, prompt_tokens: int, num_streams: int) -> dict[str, f
     random = np.random.default_rng(0)
     async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(3600, connect=30)) as http:
         vocab_size = (await http.get("/model_info")).raise_for_status().json()["vocab_size"]
-        streams = [asyncio.create_task(stream(http, [100 + i] * 40, times)) for i, times in enumerate(arrivals)]
+        longest = (await http.get("/v1/models")).raise_for_status().json()["data"][0]["max_model_len"]
+        streams = [
+            asyncio.create_task(stream(http, [100 + i] * 40, times, max_tokens=longest // num_streams - 100))
+            for i, times in enumerate(arrivals)
+        ]
         await asyncio.sleep(5)
         began = time.perf_counter()
         first: list[float] = []
         await stream(http, random.integers(100, vocab_size * 9 // 10, prompt_tokens).tolist(), first, max_tokens=1)
         ended = first[0]
         for task in streams:
+            if task.done():
+                raise RuntimeError("a stream ended before the long prompt was done") from task.exception()
             task.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
     before, during = gaps(arrivals, 0.0, began), gaps(arrivals, began, ended)
@@ -63,7 +69,7 @@ async def measure(url: str, prompt_tokens: int, num_streams: int) -> dict[str, f
     }
 
 
-async def stream(http: httpx.AsyncClient, prompt: list[int], arrivals: list[float], max_tokens: int = 100_000) -> None:
+async def stream(http: httpx.AsyncClient, prompt: list[int], arrivals: list[float], max_tokens: int) -> None:
     """Notes when each token arrives."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     async with http.stream("POST", "/v1/completions", json=body) as response:

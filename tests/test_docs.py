@@ -20,7 +20,7 @@ NOT_RUN = {  # command -> why
     "python3 -m venv": "it fetches from PyTorch's own index",
     "python -m server.default_model": "training and its evaluation take most of an hour",
 }
-SMALLER = {"32768": "200", "65536": "4000", "2000": "150", "8000": "250", "64": "4", "16": "3", "256k": "8192"}
+SMALLER = {"32768": "200", "65536": "3000", "2000": "150", "8000": "250", "64": "4", "16": "3", "256k": "8192"}
 QUICKER = {  # module -> flags that make it quick
     "benchmarks.prefill": "--lengths 128 --repeats 1",
     "benchmarks.greedy": "--sp-sizes 2 --output-tokens 4",
