@@ -74,7 +74,8 @@ def too_long(needs: int, fits: int) -> ApiError:
 
 
 def unavailable(message: str) -> ApiError:
-    return ApiError(503, message, code="service_unavailable", headers=RETRY_AFTER)
+    """The connection is closed so that the client's next attempt can reach another server."""
+    return ApiError(503, message, code="service_unavailable", headers={**RETRY_AFTER, "Connection": "close"})
 
 
 def model_not_found(name: str) -> ApiError:

@@ -48,6 +48,7 @@ class _Lifecycle:
             uvicorn.Config(
                 app,
                 http="httptools",
+                lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -134,5 +135,7 @@ class _Lifecycle:
         self._stop()
 
     def _stop(self, force: bool = False) -> None:
+        if force:  # uvicorn would log a traceback for each request that is cut off
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._server.force_exit = force
         self._server.should_exit = True

@@ -61,7 +61,7 @@ class FakeClient:
         while made < request.max_tokens:
             tokens = []
             for _ in range(self.tokens_per_output):
-                if made == self.fail_after:
+                if self.fail_after is not None and made >= self.fail_after:
                     yield Output(name, finish_reason=FinishReason.ERROR, error="rank 1 failed: out of memory")
                     return
                 token = self.next_token(request, made)

@@ -26,8 +26,10 @@ def run() -> int:
     def connect(config: ServerConfig) -> Iterator[FakeClient]:
         if fail_in is not None:
             threading.Timer(fail_in, fail).start()
-        yield client
-        print("workers stopped", flush=True)
+        try:
+            yield client
+        finally:
+            print("workers stopped", flush=True)
 
     return main(sys.argv[2:], connect)
 
