@@ -231,17 +231,16 @@ class Run:
         return q
 
     def _fold(self, block: Block, state: AttentionState) -> None:
-        """Merge a result into its slot; an empty slot that it fills keeps its memory."""
+        """Merge a computed result into its slot; an empty slot that it fills takes over its memory."""
         heads = self._executor.program.slots[block.chunk, block.heads]
-        if (block.chunk, heads) not in self._slots and heads == block.heads:
+        if heads == block.heads and (block.chunk, heads) not in self._slots:
             self._slots[block.chunk, heads] = state
         else:
             self._state(block.chunk, block.heads).merge_(state)
 
     def _fold_arrived(self, arriving: _ArrivingState) -> None:
         self._wait(arriving.arrival)
-        out = arriving.state.out.to(torch.float32, copy=True)
-        self._fold(arriving.block, AttentionState(out, arriving.state.lse.clone()))
+        self._state(arriving.block.chunk, arriving.block.heads).merge_(arriving.state)
         self._release(arriving.arrival)
 
     def _state(self, chunk: int, heads: Heads) -> AttentionState:

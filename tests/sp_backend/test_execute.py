@@ -12,10 +12,10 @@ from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry, predicted_bytes, query_key_pairs
 from sp_backend.kernels import Attention, Work, get_kernel
 from sp_backend.kernels.reference import kernel as reference
-from sp_backend.layout import Block
-from sp_backend.plan import Plan
+from sp_backend.layout import Block, Kind, Layout
+from sp_backend.plan import Plan, prune
 from sp_backend.state import AttentionState
-from sp_backend.strategies import STRATEGIES, plan_for
+from sp_backend.strategies import STRATEGIES, plan_for, prove
 from sp_backend.transport.lockstep import LockstepNetwork
 from tests.lockstep import Batch, Request, error, run_lockstep
 
@@ -82,6 +82,14 @@ def test_torch_cpu_kernel_in_bfloat16(name: str, kind: str, redundant: bool) -> 
         assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 2)
 
 
+@pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
+def test_a_layout_without_history(name: str, kind: Kind, redundant: bool) -> None:
+    layout = Layout(3, kind, 6, 2, history="none", redundant_kv=redundant)
+    plan = prove(prune(STRATEGIES[name].build(layout)))
+    batch = Batch(layout, RAGGED)
+    assert error(run_lockstep(plan, batch).outs, batch.expected()) < 1e-5
+
+
 def test_sixteen_ranks() -> None:
     for name, kind, redundant in CASES:
         plan = plan_for(name, num_ranks=16, num_heads=16, num_kv_heads=2, kind=kind, redundant_kv=redundant)
@@ -98,6 +106,14 @@ def test_counters_agree_with_predictions() -> None:
         assert executor.counters.bytes_sent == 3 * sent
         assert executor.counters.query_key_pairs == 3 * query_key_pairs(plan, batch.geometry, rank)
         assert executor.counters.wait_seconds > 0 and executor.counters.kernel_calls > 0
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("home", [2, 1, 1]), ("heads", [2, 1, 1])])
+def test_decoding_one_token_reads_each_rank_s_keys_in_one_call(kind: Kind, calls: list[int]) -> None:
+    """The owner of the new token attends that and its history; the others just their history, all heads at once."""
+    plan = plan_for("decode", num_ranks=3, num_heads=12, num_kv_heads=4, kind=kind)
+    result = run_lockstep(plan, Batch(plan.layout, [Request(1, 50, home=0)]))
+    assert [e.counters.kernel_calls for e in result.executors] == calls
 
 
 def test_every_pair_of_a_sequence_is_attended_by_some_rank() -> None:
