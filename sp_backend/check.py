@@ -29,9 +29,7 @@ WHOLE = (0, 1)
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`errors` is empty when the plan is proven. Peaks count received blocks held at once on the busiest
-    rank.
-    """
+    """`errors` is empty when the plan is proven. Peaks: received blocks held at once on the busiest rank."""
 
     errors: tuple[str, ...]
     peak_q_blocks: int

@@ -112,9 +112,7 @@ class _Sending:
 
 
 class Run:
-    """One layer on one rank: round(0), round(1), ..., then finish(). In lockstep the ranks take turns by
-    round.
-    """
+    """One layer on one rank: round(0), round(1), ..., then finish(). In lockstep the ranks take turns by round."""
 
     def __init__(
         self, executor: Executor, schedule: Schedule, q: Mapping[int, Tensor], kv: Mapping[int, Tensor]

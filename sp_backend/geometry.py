@@ -42,10 +42,6 @@ class Geometry:
             list(c) for c in self.rows
         ], "one position a row"
 
-    @property
-    def num_sequences(self) -> int:
-        return len(self.rows)
-
     def num_rows(self, block: Block) -> int:
         """Rows of a block, all sequences."""
         spans = self.spans(block)
@@ -103,9 +99,7 @@ def visible_pairs(queries: int, keys: int, causal: bool) -> int:
 
 
 def query_key_pairs(plan: Plan, geometry: Geometry, rank: int) -> float:
-    """Visible (query, key) pairs that a rank attends, each weighted by its share of the heads. Ignores
-    windows.
-    """
+    """Visible (query, key) pairs that a rank attends, weighted by its share of the heads; windows are ignored."""
     weighted = 0
     for r in plan.rounds:
         for a in r.attends:

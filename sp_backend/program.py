@@ -1,5 +1,4 @@
-"""One rank's side of a plan, resolved once: what each message carries, what each kernel call reads, what dies
-when.
+"""One rank's side of a plan, resolved once: what messages carry, what kernel calls read, when blocks die.
 
 Pure: no torch, no sizes. Blocks of one link and round travel in one message. Full attends of a round that read
 the same keys become one kernel call over several query chunks, and adjacent groups of heads that meet the same
@@ -10,11 +9,11 @@ every transport.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from sp_backend.layout import CAUSAL, FULL, KV, STATE, Block, Heads
-from sp_backend.plan import Attend, Plan, Transfer
+from sp_backend.layout import CAUSAL, FULL, STATE, Block, Heads
+from sp_backend.plan import Attend, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,58 +61,67 @@ class Program:
     finish: tuple[Block, ...]  # states that end on this rank
 
 
-def compile_rank(plan: Plan, rank: int) -> Program:
-    held: dict[tuple[str, int], list[Block]] = defaultdict(list)
-    start = tuple(b for b, r in plan.layout.start() if r == rank)
-    for block in start:
-        held[block.operand, block.chunk].append(block)
-    received: list[Block] = []
-    last_use: dict[Block, int] = {}
+class _Holdings:
+    """The blocks that a rank holds, and the last round in which each is read."""
 
-    def use(block: Block, when: int) -> Use:
+    def __init__(self, start: Iterable[Block]) -> None:
+        self.blocks: dict[tuple[str, int], list[Block]] = defaultdict(list)
+        self.last_use: dict[Block, int] = {}
+        for block in start:
+            self.add(block)
+
+    def add(self, block: Block) -> None:
+        self.blocks[block.operand, block.chunk].append(block)
+
+    def find(self, block: Block) -> Block | None:
+        return next((b for b in self.blocks[block.operand, block.chunk] if b.holds(block)), None)
+
+    def use(self, block: Block, when: int) -> Use:
         if block.operand == STATE:
             return Use(block, block)
-        source = next(b for b in held[block.operand, block.chunk] if b.holds(block))
-        last_use[source] = when
-        return Use(block, source)
+        held = self.find(block)
+        assert held is not None, f"round {when}: {block} is not held; was the plan proven?"
+        self.last_use[held] = when
+        return Use(block, held)
 
+    def call(self, kv: Block, groups: list[list[Attend]], when: int) -> Call:
+        """groups: [heads][query chunk]."""
+        qs = tuple(tuple(self.use(a.q, when) for a in chunk) for chunk in zip(*groups, strict=True))
+        return Call(qs, self.use(kv, when), groups[0][0].mask == CAUSAL)
+
+
+def compile_rank(plan: Plan, rank: int) -> Program:
+    start = tuple(b for b, r in plan.layout.start() if r == rank)
+    holdings = _Holdings(start)
+    received: list[Block] = []
     rounds = []
     for when, part in enumerate(plan.for_rank(rank)):
-        sends = [Outgoing(dst, tuple(use(b, when) for b in bs)) for dst, bs in _by_link(part.sends, "dst")]
-        calls = [
-            Call(
-                tuple(tuple(use(a.q, when) for a in same_chunk) for same_chunk in zip(*groups, strict=True)),
-                use(kv, when),
-                groups[0][0].mask == CAUSAL,
-            )
-            for kv, groups in _fused(part.attends, lambda b: any(h.holds(b) for h in held[KV, b.chunk]))
-        ]
-        receives = tuple(Incoming(src, bs) for src, bs in _by_link(part.receives, "src"))
-        for b in (b for m in receives for b in m.blocks if b.operand != STATE):
-            held[b.operand, b.chunk].append(b)
-            received.append(b)
-        rounds.append((receives, tuple(sends), tuple(calls)))
-    dead: dict[int, list[Block]] = defaultdict(list)
-    for b in received:
-        if b in last_use:
-            dead[last_use[b]].append(b)
+        sends = _by_peer((t.dst, t.block) for t in part.sends)
+        outgoing = tuple(Outgoing(dst, tuple(holdings.use(b, when) for b in blocks)) for dst, blocks in sends)
+        calls = tuple(holdings.call(kv, groups, when) for kv, groups in _fused(part.attends, holdings))
+        receives = _by_peer((t.src, t.block) for t in part.receives)
+        for block in (b for _, blocks in receives for b in blocks if b.operand != STATE):
+            holdings.add(block)
+            received.append(block)
+        rounds.append((tuple(Incoming(src, tuple(blocks)) for src, blocks in receives), outgoing, calls))
+    dead = [tuple(b for b in received if holdings.last_use.get(b) == when) for when in range(len(rounds))]
     return Program(
-        tuple(ProgramRound(*r, tuple(dead[i])) for i, r in enumerate(rounds)),
+        tuple(ProgramRound(*r, dead[when]) for when, r in enumerate(rounds)),
         _slots(plan, rank),
         start,
         tuple(b for b, r in plan.layout.finish() if r == rank),
     )
 
 
-def _by_link(transfers: Sequence[Transfer], end: str) -> list[tuple[int, tuple[Block, ...]]]:
+def _by_peer(blocks: Iterable[tuple[int, Block]]) -> list[tuple[int, list[Block]]]:
     links: dict[int, list[Block]] = defaultdict(list)
-    for t in transfers:
-        links[getattr(t, end)].append(t.block)
-    return [(peer, tuple(blocks)) for peer, blocks in links.items()]
+    for peer, block in blocks:
+        links[peer].append(block)
+    return list(links.items())
 
 
-def _fused(attends: Sequence[Attend], is_held: Callable[[Block], bool]) -> list[tuple[Block, list[list[Attend]]]]:
-    """Kernel calls: the keys of each, and its attends by group of heads, then by query chunk."""
+def _fused(attends: Sequence[Attend], holdings: _Holdings) -> list[tuple[Block, list[list[Attend]]]]:
+    """Kernel calls: the keys of each, and its attends as [heads][query chunk]."""
     rows: dict[object, list[Attend]] = defaultdict(list)
     for a in attends:
         rows[(a.kv, a.q.heads) if a.mask == FULL else a].append(a)
@@ -126,12 +134,11 @@ def _fused(attends: Sequence[Attend], is_held: Callable[[Block], bool]) -> list[
         groups.sort(key=lambda group: group[0].kv.heads)
         for i, group in enumerate(groups):
             kv = group[0].kv
-            if i and calls[-1][0].heads[1] == kv.heads[0]:
-                hull = replace(kv, heads=(calls[-1][0].heads[0], kv.heads[1]))
-                if is_held(hull):
-                    calls[-1] = hull, [*calls[-1][1], group]
-                    continue
-            calls.append((kv, [group]))
+            hull = replace(kv, heads=(calls[-1][0].heads[0], kv.heads[1])) if i else kv
+            if i and calls[-1][0].heads[1] == kv.heads[0] and holdings.find(hull):
+                calls[-1] = hull, [*calls[-1][1], group]
+            else:
+                calls.append((kv, [group]))
     return calls
 
 

@@ -74,8 +74,7 @@ class Work:
     """What stays the same over the layers of a step.
 
     causal: each span's last query is aligned with its last key (bottom-right). Under a window, positions
-    decide instead: a query sees the keys at most window - 1 positions before it and, where causal, none after
-    it.
+    decide instead: a query sees the keys less than `window` positions before it and, where causal, none after.
     """
 
     spans: tuple[Span, ...]
