@@ -3,7 +3,8 @@
 Prefill and decode steps alternate while both have work. A stream that cannot get a page for its next token makes the
 youngest live request give way: it loses its pages (what the prefix cache knows of them stays findable), keeps its
 tokens, and is the first of its lane to come back. The oldest live request therefore always gets on, and every request
-fits when it is alone, so nobody waits for ever.
+fits when it is alone, so nobody waits for ever. Half-prefilled prompts cannot block each other: they are admitted only
+with room for all of each, and give way to streams like everybody else.
 """
 
 from __future__ import annotations
@@ -110,14 +111,11 @@ class Batcher:
                     self._decode_next = True
                     return PlannedStep("prefill", draft.chunks, max(draft.tokens), max(draft.pairs), draft.num_cached)
             self._decode_next = False
-            if self.running:
-                chunks = self._decode()
-                if chunks:
-                    return PlannedStep("decode", chunks)
-            else:
-                # prompts that hold each other's pages: the youngest gives way
-                assert len(self.lanes.prefilling) > 1, "a request that is alone always gets on"
-                self._retract_youngest()
+            # prompts are admitted with room for all of them: without streams, who take more, one can always go on
+            assert self.running, "somebody can go on"
+            chunks = self._decode()
+            if chunks:
+                return PlannedStep("decode", chunks)
         return None
 
     def complete(self, step: PlannedStep, sampled: Mapping[int, SampledToken]) -> list[Output]:
@@ -157,8 +155,7 @@ class Batcher:
             self.counters.prompt_tokens += sequence.num_prompt
             self.counters.cached_tokens += sequence.cached_tokens
         self.counters.generated_tokens += 1
-        stops = sampled.token in request.stop_token_ids and sequence.num_generated >= request.min_tokens
-        if stops:
+        if sampled.token in request.stop_token_ids:  # banned before min_tokens
             return self._finish(sequence, FinishReason.STOP, stop_token=sampled.token)
         sequence.tokens.append(sampled.token)
         token = GeneratedToken(sampled.token, sampled.logprob, sampled.top)

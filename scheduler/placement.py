@@ -34,7 +34,7 @@ class Placement:
         self._prefix_cache = prefix_cache
         # which pages go to which rank does not depend on the number of heads
         self.layout = Layout(backend.sp_size, "heads" if self.heads else "zigzag", backend.sp_size, 1)
-        self._num_home = [0] * backend.sp_size  # live sequences at home on each rank
+        self.num_home = [0] * backend.sp_size  # live sequences at home on each rank
 
     @property
     def capacity(self) -> int:
@@ -56,10 +56,10 @@ class Placement:
             return []
         most = (len(sequence.tokens) - 1) // self.page_size
         short = len(sequence.tokens) < self._sp_threshold
-        busy = 2 * min(self._num_home) + 3
+        busy = 2 * min(self.num_home) + 3
         best: list[Node] = []
-        for rank in sorted(range(self.num_ranks), key=self._num_home.__getitem__):
-            if not (short and self._num_home[rank] > busy):
+        for rank in sorted(range(self.num_ranks), key=self.num_home.__getitem__):
+            if not (short and self.num_home[rank] > busy):
                 path = self.cache.match(self.cache.roots[rank], sequence.tokens, most)
                 best = max(best, path, key=len)
         return max(best, self.cache.match(self.cache.roots[SPREAD], sequence.tokens, most), key=len)
@@ -84,7 +84,7 @@ class Placement:
         sequence.home = self._choose_home(sequence, needed, load)
         sequence.node = path[-1] if path else self.cache.roots[sequence.home]
         if sequence.home != SPREAD:
-            self._num_home[sequence.home] += 1
+            self.num_home[sequence.home] += 1
         return True
 
     def _choose_home(self, sequence: Sequence, needed: int, load: list[float]) -> int:
@@ -97,7 +97,7 @@ class Placement:
         roomy = [r for r in range(self.num_ranks) if self.pool.available(r) >= needed]
         if not roomy:
             return SPREAD
-        return min(roomy, key=lambda r: (load[r], self._num_home[r], -self.pool.available(r)))
+        return min(roomy, key=lambda r: (load[r], self.num_home[r], -self.pool.available(r)))
 
     # Pages
 
@@ -148,7 +148,7 @@ class Placement:
         for rank, page in zip(sequence.owners, sequence.pages, strict=True):
             self.pool.release(rank, page)
         if sequence.home != SPREAD:
-            self._num_home[sequence.home] -= 1
+            self.num_home[sequence.home] -= 1
         sequence.forget_pages()
 
     def _cache_pages(self, sequence: Sequence, past_twins: bool) -> None:

@@ -20,7 +20,7 @@ from scheduler.prefix_cache import Node
 from scheduler.sequence import Chunk, Sequence
 
 LOOKAHEAD = 128  # waiting prompts of a lane that one step considers
-RESERVED_TOKENS = 128  # room left to each stream when a prompt is admitted, so that few have to be retracted soon
+GROWTH_TOKENS = 128  # how far ahead a stream's room is thought of when a prompt is admitted
 
 
 @dataclass(slots=True, eq=False)
@@ -99,8 +99,11 @@ class PrefillLanes:
         self._placement = placement
         self._prefill_time = prefill_time
         self._long_went_without = False
-        # spread chunks in multiples of this give every rank the same number of pages
-        self._even = placement.page_size * placement.layout.num_new
+        if 0 < config.chunked_prefill_size < placement.page_size:
+            raise ValueError(
+                f"chunked_prefill_size {config.chunked_prefill_size} is less than a page of "
+                f"{placement.page_size} tokens"
+            )
 
     @property
     def prefilling(self) -> list[Sequence]:
@@ -127,7 +130,7 @@ class PrefillLanes:
         """The next prefill step, with pages taken; empty if nobody can go on. running: the streams."""
         most = self._config.chunked_prefill_size if self._config.chunked_prefill_size > 0 else sys.maxsize
         seconds = self._config.max_prefill_seconds if running else math.inf
-        reserved = sum(self._placement.pages_for(min(s.max_length - len(s.tokens), RESERVED_TOKENS)) for s in running)
+        reserved = sum(map(self._growth, running))
         whole = Limits(most, seconds, len(running), reserved)
         half = Limits(max(most // 2, self._placement.page_size), seconds / 2, len(running), reserved)
         draft = Draft(self._placement)
@@ -171,9 +174,11 @@ class PrefillLanes:
         return num_live < self._config.max_running_requests and draft.num_tokens < limits.tokens
 
     def _admit(self, lane: Lane, sequence: Sequence, path: list[Node], draft: Draft, limits: Limits) -> bool:
-        pages_for = self._placement.pages_for
-        promised = sum(pages_for(len(s.tokens)) - len(s.pages) for s in self.prefilling)
-        if not self._placement.admit(sequence, path, promised + limits.reserved, draft.tokens):
+        pages_for, prefilling = self._placement.pages_for, self.prefilling
+        spare = limits.reserved + sum(pages_for(len(s.tokens)) - len(s.pages) + self._growth(s) for s in prefilling)
+        if limits.num_running or prefilling:
+            spare += self._growth(sequence)
+        if not self._placement.admit(sequence, path, spare, draft.tokens):
             lane.out_of_pages = sequence
             return False
         if not sequence.was_admitted:
@@ -203,6 +208,7 @@ class PrefillLanes:
     def _cut(self, sequence: Sequence, draft: Draft, limits: Limits) -> int:
         """Length of the next chunk: whole pages, except at the end of the prompt."""
         ps, remaining, home = self._placement.page_size, sequence.num_remaining, sequence.home
+        granule = self._granule(home)
         room = min(remaining, limits.tokens - draft.num_tokens)
         num_pages = self._placement.pages_for(room) if room == remaining else room // ps
         if limits.num_running and num_pages > 0:
@@ -210,9 +216,16 @@ class PrefillLanes:
             fitting = self._prefill_time.largest(
                 limits.seconds, num_pages, lambda n: draft.size_with(start, min(n * ps, remaining), home)
             )
-            smallest = min(num_pages, self._even // ps if home == SPREAD else 1)
-            num_pages = fitting or (0 if draft.chunks else smallest)
-        num_new = max(0, min(num_pages * ps, remaining))
-        if home == SPREAD and self._even < num_new < remaining:
-            num_new -= num_new % self._even
-        return num_new
+            smallest = min(num_pages, granule)
+            num_pages = fitting if fitting >= smallest else 0 if draft.chunks else smallest
+        if num_pages * ps < remaining:
+            num_pages = num_pages - num_pages % granule or (0 if draft.chunks else num_pages)
+        return min(num_pages * ps, remaining)
+
+    def _growth(self, sequence: Sequence) -> int:
+        """Pages that a stream will soon need: left free, so that few prompts are admitted only to be retracted."""
+        return self._placement.pages_for(min(sequence.max_length - len(sequence.tokens), GROWTH_TOKENS))
+
+    def _granule(self, home: int) -> int:
+        """Chunks are multiples of so many pages where they can: then every rank gets as many of a spread prompt."""
+        return self._placement.num_ranks if home == SPREAD else 1

@@ -146,5 +146,4 @@ class PrefixCache:
         leaf.parent = None
         self._pool.uncache(leaf.rank, leaf.page)
         if not parent.children:
-            parent.last_used = max(parent.last_used, leaf.last_used)  # a use of a page is one of its prefix
             self._enqueue(parent)

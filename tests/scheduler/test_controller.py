@@ -82,15 +82,59 @@ def test_flush_cache_empties_it() -> None:
 
 
 def test_the_youngest_stream_gives_way_and_loses_nothing() -> None:
-    harness = make_harness(pages_per_rank=12)
+    harness = make_harness(pages_per_rank=80)
     names = ("old", "young")
     for n, name in enumerate(names):
-        harness.submit(name, [n] * 10, 24)
+        harness.submit(name, [n] * 10, 300)
     harness.run()
     assert harness.controller.stats().num_retractions > 0
     for n, name in enumerate(names):
-        assert harness.tokens[name] == expected_tokens([n] * 10, 24)
+        assert harness.tokens[name] == expected_tokens([n] * 10, 300)
     assert harness.times["old"][-1] < harness.times["young"][-1]
+    assert harness.ends["young"].cached_tokens == 0, "what it found of its own does not count"
+
+
+def test_a_retracted_request_is_the_first_to_come_back() -> None:
+    harness = make_harness(pages_per_rank=80)
+    for n, name in enumerate(("old", "young", "waiting")):
+        harness.submit(name, [n] * 10, 300)
+    harness.run()
+    assert harness.controller.stats().num_retractions > 0
+    assert list(harness.ends) == ["old", "young", "waiting"]
+
+
+def test_a_prompt_rather_waits_than_is_retracted_soon() -> None:
+    harness = make_harness(pages_per_rank=40)
+    for n in range(10):
+        harness.submit(f"r{n}", [n] * 20, 40)
+    harness.run()
+    assert harness.controller.stats().num_retractions == 0
+    assert len(harness.ends) == 10
+
+
+def test_a_long_prompt_is_admitted_only_with_room_for_all_of_it() -> None:
+    harness = make_harness(SchedulerConfig(chunked_prefill_size=16), pages_per_rank=40)
+    harness.submit("a", [1] * 120, 1)
+    harness.submit("b", [2] * 60, 1)
+    harness.run(3)
+    assert harness.controller.stats().num_running == 1 and harness.controller.stats().num_waiting == 1
+    harness.run()
+    assert len(harness.ends) == 2
+
+
+def test_pages_behind_a_twin_are_found_once_their_request_has_ended() -> None:
+    """Two requests generate the same; the one that is slower by a page keeps its own copies."""
+    harness = make_harness()
+    harness.submit("a", PROMPT, 10)
+    harness.submit("b", PROMPT, 40)
+    harness.run(30)
+    assert "a" in harness.ends and "b" not in harness.ends
+    (sequence,) = harness.controller.batcher.running
+    assert sequence.has_twins
+    harness.run()
+    harness.submit("c", [*PROMPT, *harness.tokens["b"], 1, 2, 3, 4], 1)
+    harness.run()
+    assert harness.ends["c"].cached_tokens == 48
 
 
 def test_two_half_prefilled_prompts_do_not_block_each_other() -> None:
@@ -271,3 +315,21 @@ def test_a_hot_short_prefix_does_not_tie_everyone_to_one_rank() -> None:
     homes = [sequence.home for sequence in harness.controller.batcher.running]
     assert len(homes) == 32 and max(homes.count(r) for r in range(4)) <= 16
     assert harness.controller.stats().cached_tokens >= 32 * 40 - 4 * 40
+
+
+def test_a_home_request_stays_home() -> None:
+    harness = make_harness(sp_size=2)
+    for n in range(4):
+        harness.submit(f"r{n}", [n] * 30, 40)
+    harness.run()
+    harness.submit("next turn", [*[1] * 30, *harness.tokens["r1"], 1, 2, 3], 10)
+    harness.run()
+    assert harness.ends["next turn"].cached_tokens > 60
+    assert {group.plan for step in harness.workers.steps for group in step.groups} == {"local"}
+
+
+def test_a_short_prompt_that_fits_no_rank_is_spread() -> None:
+    harness = make_harness(sp_size=2, pages_per_rank=10)
+    harness.submit("r", [1] * 60, 2)
+    harness.run(1)
+    assert harness.workers.steps[0].groups[0].plan == "ring_pass_kv"

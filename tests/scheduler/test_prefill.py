@@ -47,7 +47,7 @@ def test_the_first_prompts_ever_are_cut_small_beside_a_stream() -> None:
     harness = stream_beside_long_prompt(2, 0.0, length=4096)
     harness.run(1)
     prefill = next(step for step in harness.workers.steps[1:] if step.groups[0].sequences[0].num_new > 1)
-    assert prefill.groups[0].sequences[0].num_new == 4 * 64, "one page for each zigzag chunk"
+    assert prefill.groups[0].sequences[0].num_new == 2 * 64, "one page for each rank"
 
 
 def test_a_huge_cached_prefix_does_not_surprise_the_prediction() -> None:
@@ -118,12 +118,13 @@ def test_long_and_short_prompts_share_a_step() -> None:
     assert harness.ends.keys() == {"long", "short"}
 
 
-@pytest.mark.parametrize("chunk", [8192, 2048, -1])
+@pytest.mark.parametrize("chunk", [8192, 320, -1])
 @pytest.mark.parametrize("sp_size", [2, 3, 4])
 def test_a_long_prompt_is_spread_evenly(sp_size: int, chunk: int) -> None:
     harness = make_harness(SchedulerConfig(chunked_prefill_size=chunk), sp_size=sp_size, page_size=64)
     harness.submit("long", [n % 250 for n in range(32_768)], 5)
-    harness.run(2 + (32_768 // chunk if chunk > 0 else 0))
+    while not harness.tokens:
+        harness.run(1)
     (sequence,) = harness.controller.batcher.running
     assert max(sequence.pages_on) <= 1.1 * len(sequence.pages) / sp_size
 
@@ -146,3 +147,54 @@ def test_a_second_long_prompt_finds_what_the_first_has_finished() -> None:
     harness.submit("b", [*prefix, 4, 5, 6], 2)
     harness.run()
     assert harness.ends["b"].cached_tokens == 2048
+
+
+def test_a_long_prompt_keeps_half_of_every_step() -> None:
+    harness = make_harness(
+        SchedulerConfig(chunked_prefill_size=512, sp_threshold=200, prefix_cache=False), sp_size=2, page_size=16
+    )
+    harness.submit("long", [1] * 5120, 1)
+    harness.run(1)
+    for n in range(300):
+        harness.submit(f"short{n}", [n % 250] * 100, 1)
+    harness.run(20)
+    assert "long" in harness.ends and len(harness.ends) > 30
+
+
+def test_many_short_prompts_do_not_delay_a_stream_either() -> None:
+    harness = stream_beside_long_prompt(2, 0.1)
+    for n in range(30):
+        harness.submit(f"short{n}", [n] * 1500, 1)
+    harness.run()
+    assert len(harness.ends) == 32 and harness.longest_gap("stream") < 1.0
+
+
+def test_short_prompts_go_on_side_by_side_on_their_ranks() -> None:
+    harness = stream_beside_long_prompt(2, 0.0, length=1 << 14)
+    harness.run(300)
+    assert "long" in harness.ends and "stream" not in harness.ends
+    for n in range(2):
+        harness.submit(f"short{n}", [n] * 2000, 1)
+    num_steps = len(harness.workers.steps)
+    harness.run(2)
+    prefills = [
+        s.groups[0].sequences for s in harness.workers.steps[num_steps:] if s.groups[0].sequences[0].num_new > 1
+    ]
+    assert {sequence.home for sequence in prefills[0]} == {0, 1}
+
+
+def test_long_prompts_are_first_come_first_served() -> None:
+    harness = stream_beside_long_prompt(2, 0.0, length=4000)
+    prompts = {"same": [n % 250 for n in range(4000)], "other": [9] * 4000}
+    for name, prompt in prompts.items():
+        harness.submit(name, prompt, 1)
+    lanes = harness.controller.batcher.lanes
+    while not {"long", "same", "other"} <= harness.ends.keys():
+        harness.run(1)
+        assert len(lanes.long.prefilling) <= 1
+    assert list(harness.ends) == ["long", "same", "other"]
+
+
+def test_a_chunk_smaller_than_a_page_is_refused() -> None:
+    with pytest.raises(ValueError, match="less than a page of 64 tokens"):
+        make_harness(SchedulerConfig(chunked_prefill_size=63), page_size=64)

@@ -19,6 +19,8 @@ MESHES = [(1, "tokens"), (2, "tokens"), (3, "tokens"), (4, "tokens"), (1, "heads
 def check_pages(harness: Harness) -> None:
     """Every page is free, idle or used, and the used ones are those of live requests."""
     batcher = harness.controller.batcher
+    homes = [sequence.home for sequence in batcher.running + batcher.lanes.prefilling]
+    assert batcher.placement.num_home == [homes.count(rank) for rank in range(batcher.placement.num_ranks)]
     pool, cache = batcher.placement.pool, batcher.placement.cache
     held: dict[tuple[int, int], int] = {}
     for sequence in batcher.running + batcher.lanes.prefilling:
@@ -80,8 +82,11 @@ def play(rng: random.Random, harness: Harness, requests: list[GenerateRequest], 
 
 @pytest.mark.parametrize("sp_size,layout", MESHES)
 @pytest.mark.parametrize("seed", range(10))
-def test_every_request_ends_once_with_the_tokens_of_an_unconstrained_run(sp_size: int, layout: str, seed: int) -> None:
+def test_every_request_ends_once_with_the_tokens_of_an_unconstrained_run(
+    sp_size: int, layout: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(f"{seed} {sp_size} {layout}")
+    monkeypatch.setattr("scheduler.prefill.GROWTH_TOKENS", rng.choice([0, 0, 4, 128]))  # the less, the more retractions
     pages_per_rank = rng.choice([40 // sp_size, 80 // sp_size, 100])
     harness = make_harness(
         random_config(rng),
