@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from server import control
 from server.completion import Writer
-from server.errors import ApiError, invalid, model_not_found
+from server.errors import ApiError, internal, model_not_found
 from server.middleware import Auth, RequestId
 from server.openai_types import ChatRequest, CompletionRequest, json_schema
 from server.requests import read_json
@@ -22,7 +20,6 @@ from server.responses import json_response
 from server.service import Service
 from server.streaming import ClientGone, EventStream, until_disconnect
 
-log = logging.getLogger("server.app")
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
@@ -33,7 +30,6 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(control.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _bug)
     _describe_bodies(app, CompletionRequest, ChatRequest)
@@ -124,16 +120,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
 
 
-async def _validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    return invalid(first["msg"], ".".join(map(str, first["loc"]))).response()
-
-
 async def _client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # never read
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return ApiError(500, "Internal server error; see the server's log.", headers={"x-should-retry": "false"}).response()
+    # uvicorn logs it: the handler's caller raises it again
+    return internal().response()

@@ -71,19 +71,21 @@ class ServerConfig:
 
 def load(argv: Sequence[str] | None = None) -> ServerConfig:
     """Raises UsageError; `--help` exits."""
-    return resolve(parse(argv))
+    try:
+        return resolve(parse(argv))
+    except UsageError:
+        raise
+    except ValueError as error:  # from a configuration of another package
+        raise UsageError(str(error)) from error
 
 
 def resolve(args: argparse.Namespace) -> ServerConfig:
     folder = Path(args.model_path) if args.model_path else DEFAULT_MODEL
     if not folder.is_dir():
         raise UsageError(f"--model-path {args.model_path}: no such folder (models are local Hugging Face folders)")
-    try:
-        model = ModelConfig.load(folder)
-        _check_numbers(args)
-        _check_parallel(args, model)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    model = ModelConfig.load(folder)
+    _check_numbers(args)
+    _check_parallel(args, model)
     context_length = args.context_length or model.max_position_embeddings
     if context_length > model.max_position_embeddings:
         raise UsageError(

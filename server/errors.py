@@ -73,6 +73,10 @@ def too_long(needs: int, fits: int) -> ApiError:
     )
 
 
+def internal() -> ApiError:
+    return ApiError(500, "Internal server error; see the server's log.", headers=NO_RETRY)
+
+
 def unavailable(message: str) -> ApiError:
     """The connection is closed so that the client's next attempt can reach another server."""
     return ApiError(503, message, code="service_unavailable", headers={**RETRY_AFTER, "Connection": "close"})

@@ -48,7 +48,8 @@ class JobReader:
             raise invalid("suffix is not supported.", "suffix")
         decoding = self._sampling.read(body, body.logprobs, body.max_tokens)
         prompts = await self._prompts.read(body.prompt)
-        job = self._job("cmpl", body, [prompt.ids for prompt in prompts], decoding, DEFAULT_MAX_TOKENS)
+        default = max(DEFAULT_MAX_TOKENS, decoding.min_tokens)
+        job = self._job("cmpl", body, [prompt.ids for prompt in prompts], decoding, default)
         echoes = [""] * len(prompts)
         if body.echo:
             echoes = [prompt.text or self._tokenizer.decode(prompt.ids) for prompt in prompts]
@@ -101,7 +102,7 @@ class JobReader:
             id=f"{kind}-{uuid.uuid4().hex}",
             prompts=prompts,
             decoding=decoding,
-            max_tokens=[_max_tokens(len(prompt), decoding.max_tokens, default, fits) for prompt in prompts],
+            max_tokens=[_max_tokens(len(prompt), decoding, default, fits) for prompt in prompts],
             rid=body.rid,
         )
 
@@ -117,10 +118,10 @@ class JobReader:
         )
 
 
-def _max_tokens(prompt: int, asked: int | None, default: int | None, fits: int) -> int:
+def _max_tokens(prompt: int, decoding: Decoding, default: int | None, fits: int) -> int:
     if prompt >= fits:
         raise too_long(prompt, fits)
-    rest = fits - prompt
+    rest, asked = fits - prompt, decoding.max_tokens
     if asked is None:
         return rest if default is None else min(default, rest)
     if asked > rest:

@@ -36,8 +36,12 @@ class _Server(uvicorn.Server):
 
 def run(app: FastAPI, service: Service, listener: socket.socket) -> int:
     """Serves until a signal or a failure. Returns the exit code."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Lifecycle(app, service, listener).run())
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_Lifecycle(app, service, listener).run())
+    except OSError as error:  # two servers may reserve a port; only one can listen on it
+        log.error("Fatal: %s", error)
+        return 1
 
 
 class _Lifecycle:
@@ -81,7 +85,7 @@ class _Lifecycle:
                 async with asyncio.timeout(WARMUP_TIMEOUT):
                     await self._warm_up()
             except Exception as error:
-                self._fail(f"the warm-up request failed: {error!r}")
+                self._fail(f"the warm-up request failed: {str(error) or type(error).__name__}")
                 return
         if self._service.phase is Phase.STARTING:
             self._service.phase = Phase.READY
@@ -115,7 +119,7 @@ class _Lifecycle:
         self._drain = asyncio.create_task(self._drain_and_stop())
 
     async def _drain_and_stop(self) -> None:
-        log.info("Draining requests and shutting down...")
+        log.info("Draining requests and shutting down... (a second signal stops at once)")
         await self._service.client.drain(self._service.config.drain_timeout)
         self._service.generator.abort(None)
         self._stop()

@@ -59,12 +59,9 @@ class PromptReader:
         value = self._decode(data)
         if isinstance(value, str):
             value = [value]
-        if value and isinstance(value[0], int):
-            return [Prompt(value, None)]
-        return [
-            Prompt(self._tokenizer.encode(item), item) if isinstance(item, str) else Prompt(item, None)
-            for item in value
-        ]
+        if value and isinstance(value[0], str):
+            return [Prompt(ids, text) for ids, text in zip(self._tokenizer.encode_batch(value), value, strict=True)]
+        return [Prompt(ids, None) for ids in (value if value and isinstance(value[0], list) else [value])]
 
     def _decode(self, data: bytes) -> Any:
         """Picks the decoder by the first characters, so that every error names what was wrong with that kind."""

@@ -6,6 +6,7 @@ Both need the raw ASGI channel: BaseHTTPMiddleware and StreamingResponse notice 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -14,8 +15,9 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import ApiError
+from server.errors import ApiError, internal
 
+log = logging.getLogger("server.streaming")
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keep-alive\n\n"
@@ -78,6 +80,11 @@ class EventStream(Response):
                 await error.response()(scope, receive, send)
                 return
             await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+        except Exception:
+            if not started:
+                raise
+            log.exception("A stream failed")
+            await send({"type": "http.response.body", "body": event(internal().body()), "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
     async def _start(self, send: Send) -> None:

@@ -95,7 +95,7 @@ class FakeClient:
         self._asked_to_abort.add(request_id)
 
     def stats(self) -> Stats:
-        ranks = [RankStats(r, r, 0, 100, 3 + r, 1000, 64, 0.25, 1.5) for r in range(2)]
+        ranks = [self._rank_stats(rank) for rank in range(2)]
         return Stats(
             num_running=len(self.running),
             num_waiting=0,
@@ -110,6 +110,20 @@ class FakeClient:
             num_retractions=0,
             num_steps={"prefill": 3, "decode": 4},
             capacity_tokens=self.capacity_tokens,
+        )
+
+    @staticmethod
+    def _rank_stats(rank: int) -> RankStats:
+        return RankStats(
+            rank=rank,
+            sp_rank=rank,
+            tp_rank=0,
+            num_pages=100,
+            pages_used=3 + rank,
+            query_key_pairs=1000,
+            bytes_sent=64,
+            wait_seconds=0.25,
+            busy_seconds=1.5,
         )
 
     def healthy(self) -> str | None:

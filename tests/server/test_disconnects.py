@@ -6,12 +6,11 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from typing import Any
 
 import httpx
 import pytest
 
-from scheduler.request import Draining, QueueFull, RequestTooLong, Unavailable
+from scheduler.request import Draining, GenerateRequest, QueueFull, RequestTooLong, Unavailable
 from tests.server.fake_client import FakeClient
 from tests.server.live import Live, live_server
 
@@ -112,7 +111,7 @@ def test_failure_in_mid_stream_is_an_event() -> None:
 
 
 def test_one_failed_choice_ends_the_others() -> None:
-    def fail_second(request: Any, position: int) -> int:
+    def fail_second(request: GenerateRequest, position: int) -> int:
         if request.request_id.endswith("-1"):
             raise RuntimeError("bug in the fake")
         return 50
@@ -163,3 +162,17 @@ def test_abort_by_operator() -> None:
 
     with live_server(FakeClient(token_seconds=0.01)) as live:
         asyncio.run(run(live))
+
+
+def test_a_bug_in_mid_stream_is_an_event_too() -> None:
+    def break_at_three(request: GenerateRequest, position: int) -> int:
+        if position == 3:
+            raise RuntimeError("secret detail")
+        return 50
+
+    with live_server(FakeClient(next_token=break_at_three)) as live, live.http() as http:
+        text = http.post("/v1/completions", json={**LONG, "stream": True}).text
+        *_, last, done, _ = text.split("\n\n")
+        assert json.loads(last[6:])["error"]["message"].startswith("Internal server error")
+        assert done == "data: [DONE]" and "secret detail" not in text
+        assert http.post("/v1/completions", json=LONG).json()["error"]["type"] == "server_error"

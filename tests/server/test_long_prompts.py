@@ -15,8 +15,8 @@ from tests.server.live import Live, live_server
 
 TEXT = "the quick brown fox = jumps(over) the_lazy_dog\n" * 22_000  # 1.03 MB
 IDS = [i % 4000 for i in range(1_000_000)]
-# what the loop may be silent for; encoding on it, or with the GIL held, takes 0.6 s and more on a free machine
-ALLOWED = 0.35
+# seconds that the loop may be silent; encoding on it, or with the GIL held, takes 0.6 and more on a free machine
+ALLOWED = 0.45
 
 
 class Heartbeat:
