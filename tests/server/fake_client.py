@@ -120,6 +120,7 @@ class FakeClient:
             tp_rank=0,
             num_pages=100,
             pages_used=3 + rank,
+            pages_cached=rank,
             query_key_pairs=1000,
             bytes_sent=64,
             wait_seconds=0.25,

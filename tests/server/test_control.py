@@ -74,6 +74,7 @@ def test_metrics() -> None:
         assert found[f"sp:token_usage{{{label}}}"] == pytest.approx(7 / 200)
         rank = f'{label},rank="1",sp_rank="1",tp_rank="0"'
         assert found[f"sp:rank_pages_used{{{rank}}}"] == 4
+        assert found[f"sp:rank_pages_cached{{{rank}}}"] == 1
         assert found[f"sp:rank_pages_total{{{rank}}}"] == 100
         assert found[f"sp:rank_query_key_pairs_total{{{rank}}}"] == 1000
         assert found[f"sp:rank_bytes_sent_total{{{rank}}}"] == 64
