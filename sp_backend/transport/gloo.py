@@ -78,4 +78,4 @@ class _GlooPending:
         try:
             work.wait(self._timeout)
         except RuntimeError as error:
-            raise RuntimeError(f"{self._failure} within {self._timeout.total_seconds():g} s: {error}") from error
+            raise RuntimeError(f"{self._failure} (time limit {self._timeout.total_seconds():g} s): {error}") from error
