@@ -1,10 +1,13 @@
 """Ring, KV moves: in round t a rank attends the KV of rank r+t (down) or r-t (up) and passes it on.
 
-Down, the 2nd rank of 4 (zigzag, no history; what prune left):
-    round 0  kv1,6>0   q1: kv1*  q6: kv1 kv6*
-    round 1  kv2,5>0   q6: kv2 kv5      q1 sees nothing of chunks 2 and 5
-    round 2  kv3>0     q6: kv3 kv4      chunk 4 lies behind every query of rank 0: dropped
-    round 3            q1: kv0  q6: kv0
+Downwards over 4 ranks (zigzag, no history; * is causal), as prune leaves it:
+            round 0      round 1      round 2      round 3
+    rank 0  kv0>3        kv1>3        kv2>3
+            q0: kv0*     q7: kv1 kv6  q7: kv2 kv5  q7: kv3 kv4
+            q7: kv0 kv7*
+    rank 2  kv2,5>1      kv3,4>1      kv0>1        q2: kv1
+            q2: kv2*     q5: kv3 kv4  q2: kv0      q5: kv1
+            q5: kv2 kv5*              q5: kv0
 Downwards, the back half of a block is dropped where it wraps around to rank P-1: 3/4 of the bytes of the new
 tokens under zigzag. Upwards nearly every block must go all the way round. History, which every query sees,
 saves nothing either way.
