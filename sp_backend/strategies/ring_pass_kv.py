@@ -2,8 +2,8 @@
 
 Downwards over 4 ranks (zigzag, no history; * is causal), as prune leaves it:
             round 0      round 1      round 2      round 3
-    rank 0  kv0>3        kv1>3        kv2>3
-            q0: kv0*     q7: kv1 kv6  q7: kv2 kv5  q7: kv3 kv4
+    rank 0  kv0>3        kv1>3        kv2>3        q7: kv3 kv4
+            q0: kv0*     q7: kv1 kv6  q7: kv2 kv5
             q7: kv0 kv7*
     rank 2  kv2,5>1      kv3,4>1      kv0>1        q2: kv1
             q2: kv2*     q5: kv3 kv4  q2: kv0      q5: kv1
