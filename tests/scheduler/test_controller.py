@@ -333,3 +333,12 @@ def test_a_short_prompt_that_fits_no_rank_is_spread() -> None:
     harness.submit("r", [1] * 60, 2)
     harness.run(1)
     assert harness.workers.steps[0].groups[0].plan == "ring_pass_kv"
+
+
+@pytest.mark.parametrize("layout", ["tokens", "heads"])
+def test_what_a_spread_request_generates_is_spread_too(layout: str) -> None:
+    harness = make_harness(SchedulerConfig(sp_threshold=20), sp_size=2, layout=layout)
+    harness.submit("r", [1] * 40, 401)
+    harness.run(400)
+    (sequence,) = harness.controller.batcher.running
+    assert max(sequence.pages_on) <= 0.55 * len(sequence.pages)
