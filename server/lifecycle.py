@@ -22,6 +22,7 @@ from sp_backend.commands import Sampling
 
 log = logging.getLogger("server.lifecycle")
 WARMUP_TIMEOUT = 600.0  # seconds
+LONGEST_WARMUP = 4096  # tokens: a high --sp-threshold must not make the start take minutes
 WATCH_INTERVAL = 0.25  # seconds between looks at the workers
 LAST_ANSWERS = 3.0  # seconds for responses to reach their clients once the server stops
 
@@ -94,7 +95,7 @@ class _Lifecycle:
     async def _warm_up(self) -> None:
         """Long enough to be spread over the ranks, so that every path has run before the first user."""
         service, config = self._service, self._service.config
-        length = max(1, min(config.scheduler.sp_threshold + 1, service.max_request_tokens() - 2))
+        length = max(1, min(config.scheduler.sp_threshold + 1, LONGEST_WARMUP, service.max_request_tokens() - 2))
         decoding = Decoding(Sampling(temperature=0.0), TextOptions(), frozenset(), 2, 0, 1)
         job = Job("warmup", [[index % config.model.vocab_size for index in range(length)]], decoding, [2])
         async for _ in service.generator.run(job):

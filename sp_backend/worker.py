@@ -6,6 +6,7 @@ Started by the controller as `python -m sp_backend.worker`, with a `WorkerStart`
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import signal
 import sys
@@ -202,6 +203,8 @@ class Worker:
 
 def serve(worker: Worker, socket: zmq.Socket[bytes]) -> None:
     """Answer commands until Shutdown."""
+    gc.collect()
+    gc.freeze()  # a full collection over torch's own objects would stop a step for 100 ms
     socket.send(encode(worker.ready()))
     while True:
         command = decode_command(socket.recv())
