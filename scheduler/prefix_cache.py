@@ -23,9 +23,10 @@ from scheduler.page_pool import PagePool
 class Node:
     """One cached page. The root of a tree has none (rank -1)."""
 
-    __slots__ = ("parent", "key", "rank", "page", "children", "last_used", "queued")
+    __slots__ = ("tree", "parent", "key", "rank", "page", "children", "last_used", "queued")
 
-    def __init__(self, parent: Node | None, key: bytes, rank: int, page: int) -> None:
+    def __init__(self, tree: int, parent: Node | None, key: bytes, rank: int, page: int) -> None:
+        self.tree = tree
         self.parent = parent
         self.key = key
         self.rank = rank
@@ -39,10 +40,12 @@ class PrefixCache:
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self._pool = pool
         self._page_size = page_size
-        self.roots = [Node(None, b"", -1, -1) for _ in range(pool.num_ranks + 1)]  # one a rank, then spread
+        num_trees = pool.num_ranks + 1  # one for each rank, then the spread one
+        self.roots = [Node(tree, None, b"", -1, -1) for tree in range(num_trees)]
         self._clock = count(1)
         self._ticket = count()
-        self._queue: list[tuple[int, int, Node]] = []  # (last_used when queued, tie-break, leaf); checked when popped
+        # of each tree, by age: (last_used when queued, tie-break, leaf), checked when popped
+        self._queues: list[list[tuple[int, int, Node]]] = [[] for _ in range(num_trees)]
 
     def match(self, root: Node, tokens: array[int], max_pages: int) -> list[Node]:
         """The longest cached path from `root` along `tokens`, at most `max_pages` long."""
@@ -76,7 +79,7 @@ class PrefixCache:
             key = self.key(tokens, number)
             child = node.children.get(key)
             if child is None:
-                child = node.children[key] = Node(node, key, rank, page)
+                child = node.children[key] = Node(node.tree, node, key, rank, page)
                 self._pool.cache(rank, page)
             elif not past_twins:
                 break
@@ -88,22 +91,31 @@ class PrefixCache:
         return node, number - first
 
     def make_room(self, rank: int, num_free: int) -> None:
-        """Gives idle pages up until the rank has `num_free` free ones; it must have enough idle ones."""
-        pool, kept = self._pool, []
-        while pool.num_free(rank) < num_free:
-            assert self._queue, "every idle page can be given up"
-            queued_at, _, node = heapq.heappop(self._queue)
-            node.queued = False
-            if node.children:
-                continue  # no longer a leaf: queued again once it is one
-            if node.last_used > queued_at:
-                self._enqueue(node)
-            elif self._leads_to(node, rank):
-                self._drop(node)
-            else:
-                kept.append(node)
+        """Gives idle pages up until the rank has `num_free` free ones; it must have enough idle ones.
+
+        The trees of other ranks, where few pages of this one can lie, come last.
+        """
+        likely = [self._queues[rank], self._queues[-1]]
+        kept: list[Node] = []
+        for queues in (likely, self._queues):
+            while self._pool.num_free(rank) < num_free and any(queues):
+                self._give_up_oldest(min(filter(None, queues), key=lambda queue: queue[0]), rank, kept)
+        assert self._pool.num_free(rank) >= num_free, "every idle page can be given up"
         for node in kept:
             self._enqueue(node)
+
+    def _give_up_oldest(self, queue: list[tuple[int, int, Node]], rank: int, kept: list[Node]) -> None:
+        """Gives up the oldest leaf of a queue if that leads to a page of the rank, else adds it to `kept`."""
+        queued_at, _, node = heapq.heappop(queue)
+        node.queued = False
+        if node.children:
+            return  # no longer a leaf: queued again once it is one
+        if node.last_used > queued_at:
+            self._enqueue(node)
+        elif self._leads_to(node, rank):
+            self._drop(node)
+        else:
+            kept.append(node)
 
     def flush(self) -> int:
         """Gives every idle page up; returns how many."""
@@ -128,7 +140,7 @@ class PrefixCache:
     def _enqueue(self, node: Node) -> None:
         if not node.queued and node.parent is not None:
             node.queued = True
-            heapq.heappush(self._queue, (node.last_used, next(self._ticket), node))
+            heapq.heappush(self._queues[node.tree], (node.last_used, next(self._ticket), node))
 
     def _leads_to(self, leaf: Node, rank: int) -> bool:
         """Whether giving up this leaf, and then its idle ancestors, frees a page of the rank."""
