@@ -12,6 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import invalid
 
+MARKER = "\ue000end of the final message\ue000"  # private use: in no real message
+
 
 class ChatTemplate:
     def __init__(self, source: str | None, special_tokens: dict[str, str]) -> None:
@@ -50,14 +52,14 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
             **(variables or {}),
-            "messages": messages,
-            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "messages": _marked(messages) if continue_final_message else messages,
+            "add_generation_prompt": add_generation_prompt,
         }
         try:
             text = self._template.render(given)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise invalid(f"The chat template refuses these messages: {error}", "messages") from None
-        return _up_to_final_message(text, messages) if continue_final_message else text
+        return text.rpartition(MARKER)[0] if continue_final_message else text
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -79,13 +81,12 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _up_to_final_message(text: str, messages: list[dict[str, Any]]) -> str:
-    final = messages[-1].get("content") if messages else None
-    final = final.rstrip() if isinstance(final, str) else ""
-    at = text.rfind(final)
-    if not final or at < 0:
+def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last message with a mark at its end, to find where it ends among what the template writes after it."""
+    content = messages[-1].get("content")
+    if not isinstance(content, str):
         raise invalid("continue_final_message needs a last message with text.", "continue_final_message")
-    return text[: at + len(final)]
+    return [*messages[:-1], {**messages[-1], "content": content + MARKER}]
 
 
 def _default_template(value: Any) -> str | None:

@@ -82,26 +82,26 @@ class CompletionFormat:
     def whole(self, index: int, collected: Collected) -> dict[str, Any]:
         assert collected.last is not None
         text = self._echo(index) + collected.text
-        return {"index": index, "text": text, **self._rest(index, collected.tokens, collected.last)}
+        return {"index": index, "text": text, **self._rest(collected.tokens, collected.last)}
 
     def first(self, index: int) -> dict[str, Any] | None:
         echo = self._echo(index)
         return {"index": index, "text": echo, "logprobs": None, "finish_reason": None} if echo else None
 
     def piece(self, delta: Delta) -> dict[str, Any]:
-        return {"index": delta.index, "text": delta.text, **self._rest(delta.index, delta.tokens, delta)}
+        return {"index": delta.index, "text": delta.text, **self._rest(delta.tokens, delta)}
 
-    def _rest(self, index: int, tokens: list[TokenText], delta: Delta) -> dict[str, Any]:
-        logprobs = self._logprobs_json(index, tokens) if self._logprobs else None
+    def _rest(self, tokens: list[TokenText], delta: Delta) -> dict[str, Any]:
+        logprobs = self._logprobs_json(tokens) if self._logprobs else None
         return {"logprobs": logprobs, **_ending(delta)}
 
-    def _logprobs_json(self, index: int, tokens: list[TokenText]) -> dict[str, Any]:
-        name, before = self._tokenizer.token_text, len(self._echo(index))
+    def _logprobs_json(self, tokens: list[TokenText]) -> dict[str, Any]:
+        name = self._tokenizer.token_text
         return {
             "tokens": [name(token.generated.token) for token in tokens],
             "token_logprobs": [_finite(token.generated.logprob) for token in tokens],
             "top_logprobs": [self._alternatives(token) for token in tokens],
-            "text_offset": [before + token.offset for token in tokens],
+            "text_offset": [token.offset for token in tokens],
         }
 
     def _alternatives(self, token: TokenText) -> dict[str, float]:

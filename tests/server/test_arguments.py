@@ -38,6 +38,7 @@ def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model some/folder", "model_path", "some/folder"),
         ("--model-path some/folder", "model_path", "some/folder"),
         ("--model_path some_folder", "model_path", "some_folder"),
+        ("--model_path=some_folder", "model_path", "some_folder"),
         ("-m some/folder", "model_path", "some/folder"),
         ("--max-num-seqs 3", "max_running_requests", 3),
         ("--max-running 3", "max_running_requests", 3),

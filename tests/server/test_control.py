@@ -86,6 +86,14 @@ def test_metrics() -> None:
         assert "/no/such/path" not in http.get("/metrics").text
 
 
+def test_latency_of_tokens_that_come_together() -> None:
+    with live_server(FakeClient(token_seconds=0.05, tokens_per_output=5)) as live, live.http() as http:
+        http.post("/v1/completions", json={"prompt": "a", "max_tokens": 15})
+        found = samples(http.get("/metrics").text)
+        assert found['sp:inter_token_latency_seconds_count{model_name="default"}'] == 10
+        assert 0.1 <= found['sp:inter_token_latency_seconds_sum{model_name="default"}'] < 0.4
+
+
 @pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
 def test_server_info(http: httpx.Client, path: str) -> None:
     info = http.get(path).json()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from scheduler.request import GenerateRequest
 from server.arguments import DEFAULT_MODEL
@@ -88,6 +92,8 @@ def test_many_prompts_and_choices(api: openai.OpenAI) -> None:
     assert [choice.text for choice in answer.choices] == ["a b", "a b", "d e", "d e"]
     assert answer.usage is not None and answer.usage.completion_tokens == 8
     assert answer.usage.prompt_tokens == sum(len(TOKENIZER.encode(prompt)) for prompt in prompts)
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 4  # 2 for each prompt
     chunks = list(api.completions.create(model="default", prompt=prompts, n=2, max_tokens=2, stream=True))
     texts = ["", "", "", ""]
     for chunk in chunks:
@@ -239,3 +245,20 @@ def test_keys() -> None:
                 with pytest.raises(openai.AuthenticationError) as caught:
                     client.models.list()
                 assert caught.value.code == "invalid_api_key"
+
+
+def test_the_tokenizers_own_start_token(tmp_path: Path) -> None:
+    """Added to a completion's prompt; in a chat the template writes it."""
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(DEFAULT_MODEL / name, tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(DEFAULT_MODEL / "tokenizer.json"))
+    start = "<|endoftext|>"
+    tokenizer.post_processor = TemplateProcessing(f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with live_server(FakeClient(), "--model", str(tmp_path), "--served-model-name", "bos") as live:
+        api = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+        api.completions.create(model="bos", prompt="x", max_tokens=1)
+        api.chat.completions.create(model="bos", messages=[{"role": "user", "content": "x"}], max_tokens=1)
+        completion, chat = (request.prompt for request in live.client.requests)
+    assert completion == [0, *TOKENIZER.encode("x")]
+    assert TOKENIZER.decode(chat, skip_special_tokens=False) == "<|user|>\nx<|end|>\n<|assistant|>\n"

@@ -74,6 +74,14 @@ def test_broken_characters_are_not_held_for_ever() -> None:
     assert "".join(detokenizer.add(first) for _ in range(100)).count("\ufffd") >= 80
 
 
+def test_a_prompt_that_ends_inside_a_character() -> None:
+    """Its text must not come out as if it had been generated."""
+    first, *rest = TOKENIZER.encode("\U0001f600")
+    detokenizer = Detokenizer(TOKENIZER, [*TOKENIZER.encode("secret = 5 "), first], skip_special_tokens=True)
+    text = "".join(map(detokenizer.add, [*rest, *TOKENIZER.encode(" ok")])) + detokenizer.finish()
+    assert text.replace("\ufffd", "") == " ok"
+
+
 def test_leading_spaces_and_byte_fallback(tmp_path: Path) -> None:
     tokenizer = sentencepiece_like(tmp_path)
     hello, world, space = (tokenizer.id_of(name) for name in ("\u2581hello", "\u2581world", "\u2581"))
@@ -193,8 +201,10 @@ def test_template_of_the_embedded_model() -> None:
     template = ChatTemplate.load(DEFAULT_MODEL)
     text = template.render([{"role": "user", "content": "hi"}])
     assert text == "<|user|>\nhi<|end|>\n<|assistant|>\n"
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "he"}]
-    assert template.render(messages, continue_final_message=True).endswith("<|assistant|>\nhe")
+    for final in ("he", "end", "assistant", ""):
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": final}]
+        text = template.render(messages, continue_final_message=True)
+        assert text == f"<|user|>\nhi<|end|>\n<|assistant|>\n{final}"
 
 
 def test_template_functions(tmp_path: Path) -> None:
