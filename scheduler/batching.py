@@ -66,10 +66,6 @@ class Batcher:
         self._num_arrived = 0
         self._decode_next = False
 
-    @property
-    def num_live(self) -> int:
-        return len(self._live)
-
     def add(self, request: GenerateRequest) -> None:
         assert len(request.prompt) < self.max_length, "refused when submitted"
         assert request.request_id not in self._live, "request ids are unique among live requests"

@@ -104,21 +104,20 @@ class Placement:
     def place(self, sequence: Sequence, num_new: int) -> Chunk | None:
         """The next chunk of a prompt, with its pages: `num_new` tokens, or fewer where room is short; None: no room."""
         assert sequence.num_computed == len(sequence.pages) * self.page_size, "prompts are cut between pages"
-        ranks = self._intended_ranks(sequence, num_new)
-        if all(self.pool.available(r) >= ranks.count(r) for r in set(ranks)):
+        if self.has_room_as_intended(sequence, num_new):
             plan = self._strategy if sequence.home == SPREAD else self._plan_at(sequence, sequence.home)
-            return self._chunk(sequence, num_new, sequence.home, plan, ranks)
+            return self._chunk(sequence, num_new, sequence.home, plan, self._intended_ranks(sequence, num_new))
         rank = self._roomiest()
         if sequence.home == SPREAD:  # one rank now does what was meant for all
             num_new = min(num_new, self.pages_for(-(-num_new // self.num_ranks)) * self.page_size)
         num_new = min(num_new, self.pool.available(rank) * self.page_size)
         if not num_new:
             return None
-        ranks = (rank,) * self.pages_for(num_new)
-        return self._chunk(sequence, num_new, rank, self._plan_at(sequence, rank), ranks)
+        plan, ranks = self._plan_at(sequence, rank), (rank,) * self.pages_for(num_new)
+        return self._chunk(sequence, num_new, rank, plan, ranks)
 
-    def follows_layout(self, sequence: Sequence, num_new: int) -> bool:
-        """Whether place() would put the pages where the layout or home wants them."""
+    def has_room_as_intended(self, sequence: Sequence, num_new: int) -> bool:
+        """Whether place() can put the pages where the layout, or home, wants them."""
         ranks = self._intended_ranks(sequence, num_new)
         return all(self.pool.available(r) >= ranks.count(r) for r in set(ranks))
 

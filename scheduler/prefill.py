@@ -194,8 +194,8 @@ class PrefillLanes:
         if not num_new:
             return False
         if self._placement.heads and draft.chunks:  # layout heads runs one plan a step
-            alone = draft.chunks[0].home != SPREAD or not self._placement.follows_layout(sequence, num_new)
-            if alone:
+            as_intended = self._placement.has_room_as_intended(sequence, num_new)
+            if draft.chunks[0].home != SPREAD or not as_intended:
                 return False
         chunk = self._placement.place(sequence, num_new)
         if chunk is None:

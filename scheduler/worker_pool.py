@@ -24,17 +24,7 @@ from typing import Protocol
 import zmq
 
 import sp_backend
-from sp_backend.commands import (
-    Failure,
-    Ready,
-    Report,
-    Shutdown,
-    Step,
-    StepResult,
-    WorkerStart,
-    decode_report,
-    encode,
-)
+from sp_backend.commands import Failure, Ready, Report, Shutdown, Step, StepResult, WorkerStart, decode_report, encode
 from sp_backend.config import BackendConfig
 
 CHECK_SECONDS = 0.2  # how often processes are looked at while their answers are awaited
@@ -80,7 +70,8 @@ class WorkerPool:
     def start(self, timeout: float = 1800.0, progress: Callable[[int], None] | None = None) -> None:
         """Returns when every worker is ready. progress: called with the number of those that are.
 
-        Raises WorkerFailed, with nothing left running, if one fails or is not ready in time.
+        Raises WorkerFailed, with nothing left running, if one fails or is not ready in time. The calling thread must
+        outlive the workers: they ask the kernel to end them with it.
         """
         atexit.register(self.stop)
         try:
