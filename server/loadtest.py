@@ -113,9 +113,9 @@ async def _discover(http: httpx.AsyncClient, args: argparse.Namespace) -> Target
 def make_prompt(args: argparse.Namespace, vocab_size: int, index: int) -> Prompt:
     """The same for the same seed and index. Ids from the end of the vocabulary, often special ones, are left out."""
     low, high = min(FIRST_ID, vocab_size // 4), max(2, vocab_size * 9 // 10)
-    shared = np.random.default_rng([args.seed]).integers(low, high, args.shared_prefix_tokens)
+    shared = np.random.default_rng([args.seed, 0]).integers(low, high, args.shared_prefix_tokens)
     own = args.prompt_tokens - args.shared_prefix_tokens
-    return np.concatenate([shared, np.random.default_rng([args.seed, index]).integers(low, high, own)])
+    return np.concatenate([shared, np.random.default_rng([args.seed, 1 + index]).integers(low, high, own)])
 
 
 async def _run_all(http: httpx.AsyncClient, args: argparse.Namespace, target: Target, rows: list[Row]) -> None:

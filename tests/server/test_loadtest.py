@@ -33,6 +33,7 @@ def test_exact_lengths_and_a_full_report(tmp_path: Path, capsys: pytest.CaptureF
     assert [len(request.prompt) for request in requests] == [300] * 6
     assert len({tuple(request.prompt[:200]) for request in requests}) == 1
     assert len({tuple(request.prompt[200:]) for request in requests}) == 6
+    assert not any(request.prompt[200:] == request.prompt[:100] for request in requests)
     assert all(request.max_tokens == 5 and not request.stop_token_ids for request in requests)
     result: dict[str, Any] = json.loads(file.read_text())
     summary = result["summary"]
