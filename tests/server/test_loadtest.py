@@ -116,7 +116,7 @@ def test_interrupted_it_reports_what_is_done(tmp_path: Path) -> None:
         small = "--prompt-tokens 10 --output-tokens 5 --num-requests 1000 --concurrency 2".split()
         command = [sys.executable, "-m", "server.loadtest", "--base-url", live.url, *small, "--json", str(file)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        while len(live.client.finished) < 3:
+        while len(live.client.finished) < 6:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=30)
