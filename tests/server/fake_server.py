@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from scheduler.request import GenerateRequest
 from server.config import ServerConfig
 from server.launch import main
-from tests.server.fake_client import FakeClient
+from tests.server.fake_client import FakeClient, echo_token
 
 
 def run() -> int:
     options = json.loads(sys.argv[1])
-    fail_in = options.pop("fail_in", None)
+    fail_at = options.pop("fail_at", None)  # the token of any request at which a worker dies
     client = FakeClient(**options)
 
-    def fail() -> None:
-        client.unhealthy = "rank 1 was killed by signal 9"
-        client.fail_after = 0
+    def next_token(request: GenerateRequest, position: int) -> int:
+        if position == fail_at:
+            client.unhealthy = "rank 1 was killed by signal 9"
+            client.fail_after = 0
+        return echo_token(request, position)
+
+    client.next_token = next_token
 
     @contextmanager
     def connect(config: ServerConfig) -> Iterator[FakeClient]:
-        if fail_in is not None:
-            threading.Timer(fail_in, fail).start()
         try:
             yield client
         finally:

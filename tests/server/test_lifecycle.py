@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -71,7 +72,8 @@ class Background(threading.Thread):
         self._server, self._fields = server, fields
         self.response: httpx.Response | None = None
         self.start()
-        time.sleep(0.3)  # it has arrived
+        while not re.search(r"^sp:num_running_reqs\{.*\} 1", httpx.get(f"{server.url}/metrics").text, re.MULTILINE):
+            time.sleep(0.02)
 
     def run(self) -> None:
         with suppress(httpx.TransportError):
@@ -132,7 +134,7 @@ def test_a_second_signal_stops_at_once(start: Start) -> None:
 
 
 def test_a_failed_worker_ends_the_server(start: Start) -> None:
-    process = start({"token_seconds": 0.02, "fail_in": 1.0})
+    process = start({"token_seconds": 0.02, "fail_at": 30})
     response = Background(process, max_tokens=10_000).result()
     assert response.status_code == 500 and "rank 1 failed" in response.json()["error"]["message"]
     code, _, errors = process.end(8)
