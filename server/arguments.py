@@ -12,10 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from scheduler.config import SchedulerConfig
+from sp_backend import strategies
+from sp_backend.config import LAYOUTS
+
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
+SCHEDULER = SchedulerConfig()  # its defaults are ours
 STRATEGIES = {  # the first one of a layout is its default
-    "tokens": ("ring_pass_kv", "ring_pass_kv_up", "token_ring"),
-    "heads": ("sharded_q",),
+    layout: tuple(name for name, strategy in strategies.STRATEGIES.items() if strategy.layout == layout)
+    for layout in LAYOUTS
 }
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -107,10 +112,16 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
     )
     add("--tp-size", "--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share heads")
     add("--sp-layout", choices=tuple(STRATEGIES), default="tokens", help="what SP ranks split outside attention")
-    strategies = tuple(name for names in STRATEGIES.values() for name in names)
-    add("--sp-strategy", "--cp-strategy", choices=strategies, help="plan of long prefills (default: by layout)")
+    names = tuple(name for of_layout in STRATEGIES.values() for name in of_layout)
+    add("--sp-strategy", "--cp-strategy", choices=names, help="plan of long prefills (default: by layout)")
     add("--sp-redundant-kv", action="store_true", help="layout heads: each rank computes the new keys of all tokens")
-    add("--sp-threshold", type=token_count, default=512, metavar="TOKENS", help="shorter prompts stay on one rank")
+    add(
+        "--sp-threshold",
+        type=token_count,
+        default=SCHEDULER.sp_threshold,
+        metavar="TOKENS",
+        help="shorter prompts stay on one rank",
+    )
     add("--device", default="auto", metavar="{auto,cpu}")
     add("--attention-backend", choices=("torch_cpu", "reference"), default="torch_cpu")
     add("--threads-per-rank", type=int, metavar="N", help="default: cores / ranks")
@@ -130,16 +141,34 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
         metavar="F",
         help="share of the available memory for weights and KV cache of all ranks",
     )
-    add("--max-running-requests", "--max-num-seqs", type=int, default=64, metavar="N")
+    add("--max-running-requests", "--max-num-seqs", type=int, default=SCHEDULER.max_running_requests, metavar="N")
     add("--max-queued-requests", type=int, metavar="N", help="more are refused (default: unlimited)")
-    add("--chunked-prefill-size", type=token_count, default=4096, metavar="TOKENS", help="per step; -1: off")
-    add("--max-prefill-seconds", type=float, default=0.5, metavar="S", help="of one prefill step while others decode")
+    add(
+        "--chunked-prefill-size",
+        type=token_count,
+        default=SCHEDULER.chunked_prefill_size,
+        metavar="TOKENS",
+        help="per step; -1: off",
+    )
+    add(
+        "--max-prefill-seconds",
+        type=float,
+        default=SCHEDULER.max_prefill_seconds,
+        metavar="S",
+        help="of one prefill step while others decode",
+    )
     add("--disable-radix-cache", "--no-enable-prefix-caching", action="store_true", help="no prefix cache")
 
 
 def _add_operation(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--watchdog-timeout", type=float, default=300.0, metavar="SECONDS", help="a step without answer is fatal")
+    add(
+        "--watchdog-timeout",
+        type=float,
+        default=SCHEDULER.watchdog_timeout,
+        metavar="SECONDS",
+        help="a step without answer is fatal",
+    )
     add(
         "--drain-timeout",
         "--shutdown-timeout",

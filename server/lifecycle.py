@@ -1,4 +1,4 @@
-"""From an open port to a clean end: warm-up, drain on SIGTERM, exit when a worker fails."""
+"""From an open port to a clean end: warm-up, drain on SIGTERM, stop on Ctrl-C, exit when a worker fails."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class _Lifecycle:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGTERM, self._on_terminate)
+        loop.add_signal_handler(signal.SIGINT, self._on_interrupt)
         watching = asyncio.create_task(self._watch())
         starting = asyncio.create_task(self._start())
         try:
@@ -111,8 +111,18 @@ class _Lifecycle:
         print(f"The server is fired up and ready to roll! {url}", flush=True)
         print(f"curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
-    def _on_signal(self) -> None:
-        if self._drain is not None:
+    def _on_interrupt(self) -> None:
+        """Ctrl-C: somebody is waiting for the prompt, so running requests are cut short instead of finished."""
+        if self._service.phase is Phase.DRAINING:
+            self._on_terminate()
+            return
+        log.info("Interrupted: shutting down")
+        self._service.phase = Phase.DRAINING
+        self._service.generator.abort(None)
+        self._stop()
+
+    def _on_terminate(self) -> None:
+        if self._service.phase is Phase.DRAINING:
             log.warning("Second signal: stopping at once")
             self._stop(force=True)
             return

@@ -19,13 +19,14 @@ class Strategy:
     build: Callable[[Layout], Plan]
     kinds: tuple[Kind, ...]  # layouts it works on; the first is the default
     history: History = "all"
+    layout: str | None = None  # the server's layout in which it can be asked for; None: chosen by the scheduler alone
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "ring_pass_kv": Strategy(ring_pass_kv.build_down, ("zigzag", "contiguous")),
-    "ring_pass_kv_up": Strategy(ring_pass_kv.build_up, ("zigzag", "contiguous")),
-    "token_ring": Strategy(token_ring.build, ("zigzag", "contiguous")),
-    "sharded_q": Strategy(sharded_q.build, ("heads",)),
+    "ring_pass_kv": Strategy(ring_pass_kv.build_down, ("zigzag", "contiguous"), layout="tokens"),
+    "ring_pass_kv_up": Strategy(ring_pass_kv.build_up, ("zigzag", "contiguous"), layout="tokens"),
+    "token_ring": Strategy(token_ring.build, ("zigzag", "contiguous"), layout="tokens"),
+    "sharded_q": Strategy(sharded_q.build, ("heads",), layout="heads"),
     "decode": Strategy(decode.build, ("home", "heads")),
     "local": Strategy(local.build, ("home",), history="own"),
 }

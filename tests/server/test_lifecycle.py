@@ -85,8 +85,8 @@ class Background(threading.Thread):
         return self.response
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_ready_once_then_a_clean_end(start: Start, number: int) -> None:
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGTERM, "Draining requests"), (signal.SIGINT, "Interrupted")])
+def test_ready_once_then_a_clean_end(start: Start, number: int, said: str) -> None:
     process = start({}, "--api-key", "k3y")
     assert httpx.get(f"{process.url}/health").status_code == 200
     process.signal(number)
@@ -96,7 +96,7 @@ def test_ready_once_then_a_clean_end(start: Start, number: int) -> None:
     assert ready.startswith(f"{READY} http://127.0.0.1:") and stopped == "workers stopped"
     assert curl.startswith(f"curl {process.url}/v1/completions -H 'Authorization: Bearer ")
     assert "k3y" not in output + errors and "Traceback" not in errors
-    assert "max_total_num_tokens=12800" in errors and "Draining requests" in errors
+    assert "max_total_num_tokens=12800" in errors and said in errors
 
 
 def test_running_requests_finish_and_new_ones_are_refused(start: Start) -> None:
@@ -110,6 +110,14 @@ def test_running_requests_finish_and_new_ones_are_refused(start: Start) -> None:
     assert httpx.get(f"{process.url}/health").status_code == 503
     assert running.result().json()["usage"]["completion_tokens"] == 30
     assert process.end()[0] == 0
+
+
+def test_an_interrupt_does_not_wait_for_running_requests(start: Start) -> None:
+    process = start({"token_seconds": 0.05})
+    running = Background(process, max_tokens=10_000)
+    process.signal(signal.SIGINT)
+    assert running.result().json()["choices"][0]["finish_reason"] == "abort"
+    assert process.end(5)[0] == 0
 
 
 def test_draining_has_a_limit(start: Start) -> None:
