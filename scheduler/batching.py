@@ -10,8 +10,10 @@ with room for all of each, and give way to streams like everybody else.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 from scheduler.config import SchedulerConfig
@@ -65,6 +67,7 @@ class Batcher:
         self._released: list[int] = []  # workers still keep page tables for these
         self._num_arrived = 0
         self._decode_next = False
+        self._last_turn = -1  # id of the last stream of the previous decode step, when they take turns
 
     def add(self, request: GenerateRequest) -> None:
         assert len(request.prompt) < self.max_length, "refused when submitted"
@@ -129,7 +132,7 @@ class Batcher:
 
     def _decode(self) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for sequence in sorted(self.running, key=lambda s: s.id):
+        for sequence in self._whose_turn():
             # the youngest give way, so whoever has a chunk keeps it
             while sequence.node is not None:
                 chunk = self.placement.next_token(sequence)
@@ -138,6 +141,21 @@ class Batcher:
                     break
                 self._retract_youngest()
         return chunks
+
+    def _whose_turn(self) -> list[Sequence]:
+        """All streams, oldest first; or as many as have no more cached tokens between them than the pages hold.
+
+        Kernels read a step's history in one piece, in which a prefix that many streams share stands once for each
+        of them. Beyond the bound they take turns, so that sharing a prefix never costs more memory than not to.
+        """
+        streams = sorted(self.running, key=lambda s: s.id)
+        if sum(s.num_computed for s in streams) <= self.placement.capacity:
+            return streams
+        streams.sort(key=lambda s: s.id <= self._last_turn)  # stable: those after the last one come first
+        history = list(accumulate(s.num_computed for s in streams))
+        turn = streams[: max(1, bisect_right(history, self.placement.capacity))]
+        self._last_turn = turn[-1].id
+        return sorted(turn, key=lambda s: s.id)
 
     def _retract_youngest(self) -> None:
         youngest = max(self.running + self.lanes.prefilling, key=lambda s: s.id)

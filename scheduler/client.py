@@ -6,7 +6,7 @@ Everything here runs on the event loop; the controller's thread only schedules `
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 from scheduler.config import SchedulerConfig
@@ -26,10 +26,8 @@ class Client:
         backend: BackendConfig,
         workers: Workers,
         pages_per_rank: int,
-        on_fatal: Callable[[str], None] = lambda why: None,
     ) -> None:
-        """on_fatal is called once, from the controller's thread, after every request has been told."""
-        self._controller = Controller(config, backend, workers, pages_per_rank, self._hand_over, on_fatal)
+        self._controller = Controller(config, backend, workers, pages_per_rank, self._hand_over)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, asyncio.Queue[Output]] = {}  # of requests that have not ended
         self._empty = asyncio.Event()

@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from scheduler.batching import Batcher, PlannedStep, failed
 from scheduler.config import SchedulerConfig
@@ -36,7 +37,6 @@ class Controller:
         workers: Workers,
         pages_per_rank: int,
         on_outputs: Callable[[list[Output]], None],
-        on_fatal: Callable[[str], None] = lambda why: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.batcher = Batcher(config, backend, pages_per_rank)
@@ -44,7 +44,6 @@ class Controller:
         self._backend = backend
         self._workers = workers
         self._on_outputs = on_outputs
-        self._on_fatal = on_fatal
         self._clock = clock
         self._lock = threading.Lock()  # guards what other threads change: the next four
         self._submitted: deque[GenerateRequest] = deque()
@@ -116,6 +115,7 @@ class Controller:
         return Stats(
             num_running=len(self.batcher.running) + len(lanes.prefilling),
             num_waiting=lanes.num_waiting + len(self._submitted),
+            page_size=self._backend.page_size,
             num_pages=pool.num_pages,
             pages_used=sum(map(pool.num_used, range(pool.num_ranks))),
             pages_cached=sum(map(pool.num_idle, range(pool.num_ranks))),
@@ -133,18 +133,24 @@ class Controller:
 
     def step(self) -> bool:
         """Runs one step on the workers; False if there was nothing to do. A failure ends every request."""
-        try:
+        with self._failures():
             self._take_in()
             planned = self.batcher.next_step()
             if planned is not None:
                 self._execute(planned)
             return planned is not None
+        return False
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Whatever goes wrong is told to every request; the thread must not die in silence."""
+        try:
+            yield
         except WorkerFailed as error:
             self._fail(str(error))
         except Exception as error:
             logger.exception("the controller failed")
             self._fail(f"the controller failed: {error!r}")
-        return False
 
     def _run(self) -> None:
         while True:
@@ -155,17 +161,15 @@ class Controller:
                 self._look_after_workers()
 
     def _look_after_workers(self) -> None:
-        try:
+        with self._failures():
             self._workers.poll(0.0)
-        except WorkerFailed as error:
-            self._fail(str(error))
 
     def _take_in(self) -> None:
         with self._lock:
-            submitted, self._submitted = self._submitted, deque()
+            num_submitted = len(self._submitted)
             aborted, self._aborted = self._aborted, deque()
-        for request in submitted:
-            self.batcher.add(request)
+        for _ in range(num_submitted):  # one by one: should one raise, the others are still there to be told
+            self.batcher.add(self._submitted.popleft())
         self._emit([output for output in map(self.batcher.abort, aborted) if output])
         if self._flush:
             self._flush = False
@@ -215,13 +219,10 @@ class Controller:
         self._emit(self.batcher.fail_all(why) + [failed(request.request_id, why) for request in submitted])
         if why != SHUT_DOWN:
             logger.error("cannot go on: %s", why)
-            self._on_fatal(why)
 
     def _validate(self, request: GenerateRequest) -> None:
         if not request.prompt:
             raise ValueError("the prompt is empty")
-        if min(request.prompt) < 0 or max(request.prompt) >= 2**31:
-            raise ValueError("token ids must lie between 0 and 2^31 - 1")
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {request.max_tokens}")
         num_prompt, context = len(request.prompt), self._backend.context_length

@@ -47,6 +47,7 @@ class Draft:
     def __init__(self, placement: Placement) -> None:
         self.chunks: list[Chunk] = []
         self.num_tokens = 0
+        self.num_history = 0  # cached tokens that its chunks read
         self.num_cached = 0  # tokens that its new sequences found in the prefix cache
         self.tokens = [0.0] * placement.num_ranks  # computed by each rank
         self.pairs = [0.0] * placement.num_ranks  # (query, key) pairs of each rank
@@ -67,6 +68,7 @@ class Draft:
     def add(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
         self.num_tokens += chunk.num_new
+        self.num_history += chunk.start
         ranks = range(self._placement.num_ranks) if chunk.home == SPREAD else range(chunk.home, chunk.home + 1)
         for rank in ranks:
             self.tokens[rank] += chunk.num_new / len(ranks)
@@ -157,7 +159,7 @@ class PrefillLanes:
             if not self._may_start(lane, sequence, draft, limits):
                 return
             path = self._placement.find_prefix(sequence)
-            if draft.computes(sequence, len(path)):
+            if self._config.prefix_cache and draft.computes(sequence, len(path)):
                 if lane is self.long:
                     return
                 continue  # cheaper a step later
@@ -193,6 +195,8 @@ class PrefillLanes:
         num_new = self._cut(sequence, draft, limits)
         if not num_new:
             return False
+        if draft.chunks and draft.num_history + sequence.num_computed > self._placement.capacity:
+            return False  # see Batcher._whose_turn
         if self._placement.heads and draft.chunks:  # layout heads runs one plan a step
             as_intended = self._placement.has_room_as_intended(sequence, num_new)
             if draft.chunks[0].home != SPREAD or not as_intended:

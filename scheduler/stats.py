@@ -28,6 +28,7 @@ class RankStats:
 class Stats:
     num_running: int  # prefilling and decoding
     num_waiting: int
+    page_size: int  # tokens
     num_pages: int  # of all SP ranks
     pages_used: int  # held by requests
     pages_cached: int  # kept for the prefix cache alone; given up when a request needs room
@@ -76,7 +77,7 @@ class StepLog:
             "Decode batch, #running-req: %d, #token: %d, token usage: %.2f, gen throughput (token/s): %.2f, "
             "#queue-req: %d",
             stats.num_running,
-            stats.pages_used,
+            stats.pages_used * stats.page_size,
             stats.pages_used / stats.num_pages,
             self._num_decoded / max(now - self._decoded_at, 1e-9),
             stats.num_waiting,

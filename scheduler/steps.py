@@ -34,9 +34,20 @@ def _parts(chunk: Chunk, placement: Placement) -> list[SequenceStep]:
     owners = bytes(sequence.owners[sequence.num_sent :])
     pages = _pages_by_rank(sequence, num_ranks) if owners else [b""] * num_ranks
     tokens = _tokens_by_rank(chunk, placement)
+    last_page = (chunk.start + chunk.num_new - 1) // placement.page_size
     sampling = sampling_of(sequence) if chunk.samples else None
+    drawn_on = range(num_ranks) if placement.heads else (sequence.owners[last_page],)
     return [
-        SequenceStep(sequence.id, chunk.start, chunk.num_new, chunk.home, owners, pages[rank], tokens[rank], sampling)
+        SequenceStep(
+            sequence.id,
+            chunk.start,
+            chunk.num_new,
+            chunk.home,
+            owners,
+            pages[rank],
+            tokens[rank],
+            sampling if rank in drawn_on else None,
+        )
         for rank in range(num_ranks)
     ]
 

@@ -133,7 +133,7 @@ class WorkerPool:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.bind(address)
         for rank in range(self._config.world_size):
-            start = WorkerStart(self._config, rank, address, str(self._directory / "rendezvous"))
+            start = WorkerStart(self._config, rank, address, str(self._directory / "rendezvous"), os.getpid())
             self._processes.append(_Process(rank, self._command, encode(start), _environment(self._config)))
 
     def _await_ready(self, deadline: float, progress: Callable[[int], None]) -> None:

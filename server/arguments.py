@@ -148,7 +148,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
         type=token_count,
         default=SCHEDULER.chunked_prefill_size,
         metavar="TOKENS",
-        help="per step; -1: off",
+        help="new ones in a step; -1: no limit in tokens",
     )
     add(
         "--max-prefill-seconds",

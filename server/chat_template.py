@@ -59,7 +59,12 @@ class ChatTemplate:
             text = self._template.render(given)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise invalid(f"The chat template refuses these messages: {error}", "messages") from None
-        return text.rpartition(MARKER)[0] if continue_final_message else text
+        if not continue_final_message:
+            return text
+        head, found, _ = text.rpartition(MARKER)
+        if not found:
+            raise invalid("The chat template does not show the last message", "continue_final_message")
+        return head
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

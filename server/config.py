@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from scheduler.config import SchedulerConfig
-from server.arguments import DEFAULT_MODEL, SCHEDULER, STRATEGIES, UsageError, parse
+from server.arguments import DEFAULT_MODEL, STRATEGIES, UsageError, parse
 from sp_backend.config import BackendConfig
 from sp_backend.models.config import ModelConfig, check_parallel
 
@@ -158,8 +158,6 @@ def _warnings(args: argparse.Namespace) -> list[str]:
     if args.sp_size == 1:
         unused = [("--sp-strategy", args.sp_strategy), ("--sp-redundant-kv", args.sp_redundant_kv)]
         result += [f"{flag} has no effect with --sp-size 1" for flag, given in unused if given]
-    if args.max_prefill_seconds != SCHEDULER.max_prefill_seconds and args.chunked_prefill_size == -1:
-        result.append("--max-prefill-seconds has no effect with --chunked-prefill-size -1")
     return result
 
 

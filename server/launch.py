@@ -64,6 +64,7 @@ def run_workers(config: ServerConfig) -> Iterator[Client]:
     world = config.backend.world_size
     with tqdm(total=world, desc="Loading ranks", unit="rank", disable=None) as bar:
         pool.start(progress=lambda num_ready: bar.update(num_ready - bar.n))
+    log.info("Weights: %.2f GB in each rank", max(ready.weight_bytes for ready in pool.ready) / 1e9)
     try:
         client = SchedulerClient(config.scheduler, config.backend, pool, pool.num_pages)
         client.start()

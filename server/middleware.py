@@ -14,7 +14,7 @@ from server.errors import ApiError
 from server.metrics import Metrics
 
 log = logging.getLogger("server.access")
-OPEN_PATHS = ("/health", "/health_generate", "/ready", "/ping", "/live", "/metrics")
+OPEN_PATHS = ("/health", "/ready", "/ping", "/live", "/metrics")
 SAFE_ID = re.compile(rb"[\x21-\x7e]{1,256}")
 
 

@@ -15,7 +15,7 @@ from server.tokenizer import Tokenizer
 
 
 class Phase(enum.Enum):
-    STARTING = "starting"  # only the warm-up request is taken
+    STARTING = "starting"  # warming up
     READY = "ready"
     DRAINING = "draining"  # running requests finish, new ones are refused
     FAILED = "failed"

@@ -72,11 +72,6 @@ class BatchBuilder:
         self._device = device
         self._tables: dict[int, PageTable] = {}
 
-    @property
-    def pages_held(self) -> int:
-        """Pages in live requests' tables; one that several requests share counts for each."""
-        return sum(table.num_own_pages for table in self._tables.values())
-
     def build(self, step: Step) -> LocalBatch:
         for request_id in step.release:
             self._tables.pop(request_id, None)

@@ -19,6 +19,7 @@ class WorkerStart(msgspec.Struct, frozen=True):
     rank: int
     address: str  # of the controller's ZMQ ROUTER; the worker's DEALER takes the identity str(rank)
     rendezvous: str  # a file that does not exist yet, for torch.distributed's FileStore
+    parent: int  # the controller's process id: the worker does not outlive it
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -49,7 +50,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     page_owners: bytes  # SP rank of each page appended to the request since its previous step (uint8)
     pages: bytes  # this rank's: indices of those of them that it owns (int32), in order
     tokens: bytes  # this rank's: ids of the new tokens it computes (int32), in position order
-    sampling: Sampling | None = None  # set: sample the token that follows the last new one
+    sampling: Sampling | None = None  # set on ranks that hold the last new token: sample the one that follows it
 
 
 class Group(msgspec.Struct, frozen=True, array_like=True):
@@ -87,15 +88,13 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Sent once, after weights are loaded and plans proved and compared."""
+    """Sent once, after weights are loaded and plans proved; the controller compares the digests."""
 
     rank: int
     num_pages: int  # KV pages of this rank
     page_size: int
     plan_digests: dict[str, str]
-    load_seconds: float
     weight_bytes: int
-    kv_bytes: int
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):
@@ -105,10 +104,9 @@ class StepResult(msgspec.Struct, frozen=True, tag=True):
     rank: int
     tokens: list[SampledToken]  # from the one rank that sampled; empty elsewhere
     seconds: float  # wall time of this step on this rank
-    query_key_pairs: int  # total visible (query, key, head-fraction) pairs attended: see worker.py
+    query_key_pairs: int  # total visible (query, key, head-fraction) pairs attended: for one layer
     bytes_sent: int  # total, by plans
     wait_seconds: float  # total, blocked on transfers
-    pages_held: int  # pages in the tables of live requests on this rank, now
 
 
 class Failure(msgspec.Struct, frozen=True, tag=True):

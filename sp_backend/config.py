@@ -23,7 +23,6 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     layout: str = "tokens"  # one of LAYOUTS
     strategy: str = "ring_pass_kv"  # the plan of spread prefills
     redundant_kv: bool = False  # layout heads: every rank computes K/V of all new tokens
-    causal: bool = True
     kernel: str = "torch_cpu"
     page_size: int = 64
     num_pages: int | None = None  # per rank; None: from kv_memory_bytes

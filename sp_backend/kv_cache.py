@@ -25,16 +25,14 @@ class PageTable:
 
     def append(self, owners: bytes, pages: bytes) -> None:
         """owners: one byte a page; pages: int32 indices of those that this rank owns, in order."""
+        if not owners:  # most decode steps
+            return
         new = np.frombuffer(owners, np.uint8)
         own = np.frombuffer(pages, "<i4").astype(np.int64)
         assert np.count_nonzero(new == self._sp_rank) == len(own), "one index for each page this rank owns"
         rows = (own[:, None] * self._page_size + np.arange(self._page_size)).ravel()
         self._owners = np.concatenate([self._owners, new])
         self._slots = np.concatenate([self._slots, rows])
-
-    @property
-    def num_own_pages(self) -> int:
-        return len(self._slots) // self._page_size
 
     def history_rows(self, start: int, num_ranks: int) -> list[int]:
         """Cached tokens on each SP rank when the request has `start` of them."""

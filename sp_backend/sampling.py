@@ -16,6 +16,8 @@ from torch import Tensor
 
 from sp_backend.commands import Sampling, TokenLogprob
 
+LEAST_TEMPERATURE = 1e-5  # below it is greedy: scores divided by it would leave the range of fp32
+
 
 class Sample(NamedTuple):
     token: int
@@ -30,7 +32,8 @@ def sample(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[in
     samples = []
     for row, token, sampling, position in zip(logits, tokens, samplings, positions, strict=True):
         wanted = _adjust(row, sampling)
-        if sampling.temperature > 0:
+        # NaN or infinite logits leave nothing to draw from; argmax still gives a token of the vocabulary
+        if sampling.temperature >= LEAST_TEMPERATURE and bool(wanted.max().isfinite()):
             token = _draw(_probabilities(wanted, sampling), sampling.seed, position)
         elif wanted is not row:
             token = int(wanted.argmax())
@@ -44,14 +47,12 @@ def _adjust(logits: Tensor, sampling: Sampling) -> Tensor:
         return logits
     logits = logits.clone()
     if sampling.context:
-        context = torch.frombuffer(bytearray(sampling.context), dtype=torch.int32).long()
-        seen = torch.unique(context).to(logits.device)
-        scores = logits[seen]
+        context = torch.frombuffer(bytearray(sampling.context), dtype=torch.int32)
+        seen = torch.bincount(context, minlength=len(logits)).to(logits.device) > 0
         penalty = sampling.repetition_penalty
-        logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
-        output, counts = torch.unique(context[sampling.num_prompt :], return_counts=True)
-        penalties = sampling.frequency_penalty * counts + sampling.presence_penalty
-        logits[output.to(logits.device)] -= penalties.to(logits.device)
+        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+        counts = torch.bincount(context[sampling.num_prompt :], minlength=len(logits)).to(logits.device)
+        logits -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
     if sampling.logit_bias:
         biased = torch.tensor(list(sampling.logit_bias), device=logits.device)
         logits[biased] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)

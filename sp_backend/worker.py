@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import signal
 import sys
 import time
@@ -68,7 +69,6 @@ class Worker:
     """One rank: its part of the weights, its pages, its side of every plan."""
 
     def __init__(self, config: BackendConfig, rank: int) -> None:
-        began = time.monotonic()
         self._config = config
         self._rank = rank
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
@@ -113,7 +113,6 @@ class Worker:
             )
             for name, plan in self._plans.items()
         }
-        self._load_seconds = time.monotonic() - began
 
     def ready(self) -> Ready:
         return Ready(
@@ -121,9 +120,7 @@ class Worker:
             num_pages=self._num_pages,
             page_size=self._config.page_size,
             plan_digests={name: plan.digest for name, plan in self._plans.items()},
-            load_seconds=self._load_seconds,
             weight_bytes=self.decoder.weight_bytes,
-            kv_bytes=self._cache.nbytes,
         )
 
     def step(self, step: Step) -> StepResult:
@@ -151,7 +148,6 @@ class Worker:
             query_key_pairs=round(sum(c.query_key_pairs for c in counters) / self.decoder.config.num_layers),
             bytes_sent=sum(c.bytes_sent for c in counters),
             wait_seconds=sum(c.wait_seconds for c in counters),
-            pages_held=self._builder.pages_held,
         )
 
     def _sample(self, batch: LocalBatch, hidden: torch.Tensor) -> list[SampledToken]:
@@ -215,7 +211,7 @@ def serve(worker: Worker, socket: zmq.Socket[bytes]) -> None:
 
 def main() -> int:
     start: WorkerStart = decode_start(sys.stdin.buffer.read())
-    _die_with_parent()
+    _die_with(start.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controller decides when to end
     config = start.config
     torch.set_num_threads(config.num_threads)
@@ -245,11 +241,13 @@ def main() -> int:
     return 0 if failure is None else 1
 
 
-def _die_with_parent() -> None:
-    """Linux: be killed if the controller dies without a word."""
+def _die_with(parent: int) -> None:
+    """Linux: be killed if the controller, process `parent`, dies without a word."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died while this process was importing
+            os._exit(1)
 
 
 if __name__ == "__main__":

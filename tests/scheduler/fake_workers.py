@@ -168,6 +168,4 @@ class FakeWorkers:
         pairs[ranks] += part.num_new * (part.start + part.num_new / 2) / share
 
     def _result(self, step_id: int, rank: int, tokens: list[SampledToken], seconds: float) -> StepResult:
-        sp_rank = rank % self.config.sp_size
-        held = sum(table.owners.count(sp_rank) for table in self._tables.values())
-        return StepResult(step_id, rank, tokens, seconds, 0, 0, 0.0, held)
+        return StepResult(step_id, rank, tokens, seconds, 0, 0, 0.0)

@@ -44,7 +44,7 @@ def main() -> None:
         child = subprocess.Popen(["sleep", "60"])
         print(f"child {child.pid}", flush=True)
     plans = {"local": "other" if mode == "other-plan" else "same"}
-    socket.send(encode(Ready(start.rank, 100 - start.rank, start.config.page_size, plans, 0.0, 0, 0)))
+    socket.send(encode(Ready(start.rank, 100 - start.rank, start.config.page_size, plans, 0)))
     while True:
         command = decode_command(socket.recv())
         if isinstance(command, Shutdown):
@@ -61,7 +61,7 @@ def main() -> None:
             for sequence in group.sequences
             if sequence.sampling and start.rank == 0
         ]
-        socket.send(encode(StepResult(command.step_id, start.rank, tokens, 0.001, 0, 0, 0.0, 0)))
+        socket.send(encode(StepResult(command.step_id, start.rank, tokens, 0.001, 0, 0, 0.0)))
 
 
 main()

@@ -40,11 +40,10 @@ class PacedWorkers(FakeWorkers):
 
 
 @asynccontextmanager
-async def client_on(workers: PacedWorkers, **config: object) -> AsyncIterator[tuple[Client, list[str]]]:
-    fatal: list[str] = []
-    client = Client(SchedulerConfig(**config), BACKEND, workers, PAGES, fatal.append)  # type: ignore[arg-type]
+async def client_on(workers: PacedWorkers, **config: object) -> AsyncIterator[Client]:
+    client = Client(SchedulerConfig(**config), BACKEND, workers, PAGES)  # type: ignore[arg-type]
     client.start()
-    yield client, fatal
+    yield client
     client.close()
 
 
@@ -70,7 +69,7 @@ async def until(condition: object, seconds: float = 5.0) -> None:
 
 def test_requests_run_side_by_side_and_end() -> None:
     async def main() -> None:
-        async with client_on(PacedWorkers()) as (client, _):
+        async with client_on(PacedWorkers()) as client:
             results = await asyncio.gather(*(run(client, request(f"r{n}", 5 + n)) for n in range(20)))
             for n, (tokens, reason) in enumerate(results):
                 assert reason is FinishReason.LENGTH and tokens == expected_tokens(list(range(5 + n)), 10)
@@ -83,7 +82,7 @@ def test_requests_run_side_by_side_and_end() -> None:
 
 def test_closing_the_iterator_frees_the_pages() -> None:
     async def main() -> None:
-        async with client_on(PacedWorkers()) as (client, _):
+        async with client_on(PacedWorkers()) as client:
             async with aclosing(client.generate(request("r", max_tokens=200))) as outputs:
                 await anext(outputs)
                 with pytest.raises(ValueError, match="duplicate"):
@@ -98,7 +97,7 @@ def test_closing_the_iterator_frees_the_pages() -> None:
 
 def test_abort_ends_the_stream() -> None:
     async def main() -> None:
-        async with client_on(PacedWorkers()) as (client, _):
+        async with client_on(PacedWorkers()) as client:
             task = asyncio.create_task(run(client, request("r", max_tokens=200)))
             await until(lambda: client.stats().num_running == 1)
             client.abort("r")
@@ -111,7 +110,7 @@ def test_abort_ends_the_stream() -> None:
 def test_refusals_come_before_the_first_output() -> None:
     async def main() -> None:
         workers = PacedWorkers()
-        async with client_on(workers, max_running_requests=1, max_queued_requests=1) as (client, _):
+        async with client_on(workers, max_running_requests=1, max_queued_requests=1) as client:
             with pytest.raises(RequestTooLong) as refused:
                 await run(client, request("long", 200, 101))
             assert (refused.value.needs, refused.value.fits) == (301, 300)
@@ -133,7 +132,7 @@ def test_refusals_come_before_the_first_output() -> None:
 def test_drain_refuses_new_requests_and_waits_for_the_others() -> None:
     async def main() -> None:
         workers = PacedWorkers()
-        async with client_on(workers) as (client, _):
+        async with client_on(workers) as client:
             task = asyncio.create_task(run(client, request("r", max_tokens=50)))
             await until(lambda: client.stats().num_running == 1)
             workers.go.clear()
@@ -151,12 +150,11 @@ def test_close_ends_what_is_left() -> None:
     async def main() -> None:
         workers = PacedWorkers()
         workers.go.clear()
-        async with client_on(workers) as (client, fatal):
+        async with client_on(workers) as client:
             task = asyncio.create_task(run(client, request("r")))
             await until(lambda: client.stats().num_running == 1)
             client.close()
             assert (await task)[1] is FinishReason.ERROR
-            assert not fatal, "closing is no accident"
             with pytest.raises(Unavailable):
                 await run(client, request("late"))
 
@@ -167,7 +165,7 @@ def test_close_ends_what_is_left() -> None:
 def test_a_dead_worker_ends_every_request_and_is_reported_once(busy: bool) -> None:
     async def main() -> None:
         workers = PacedWorkers()
-        async with client_on(workers) as (client, fatal):
+        async with client_on(workers) as client:
             tasks = []
             if busy:
                 tasks = [asyncio.create_task(run(client, request(f"r{n}", max_tokens=200))) for n in range(3)]
@@ -176,7 +174,7 @@ def test_a_dead_worker_ends_every_request_and_is_reported_once(busy: bool) -> No
             await until(lambda: client.healthy() is not None, seconds=2.0)
             assert client.healthy() == "worker 1 was killed by signal 9"
             assert [(await task)[1] for task in tasks] == [FinishReason.ERROR] * len(tasks)
-            await until(lambda: fatal == ["worker 1 was killed by signal 9"])
+            await until(lambda: client.healthy() == "worker 1 was killed by signal 9")
             with pytest.raises(Unavailable):
                 await run(client, request("late"))
 

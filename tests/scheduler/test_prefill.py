@@ -170,7 +170,7 @@ def test_many_short_prompts_do_not_delay_a_stream_either() -> None:
 
 
 def test_short_prompts_go_on_side_by_side_on_their_ranks() -> None:
-    harness = stream_beside_long_prompt(2, 0.0, length=1 << 13, max_prefill_seconds=0.2)
+    harness = stream_beside_long_prompt(2, 0.0, length=1 << 13, max_prefill_seconds=0.2, sp_threshold=2048)
     harness.run(200)
     assert "long" in harness.ends and "stream" not in harness.ends
     for n in range(2):

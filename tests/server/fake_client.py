@@ -97,6 +97,7 @@ class FakeClient:
     def stats(self) -> Stats:
         ranks = [self._rank_stats(rank) for rank in range(2)]
         return Stats(
+            page_size=64,
             num_running=len(self.running),
             num_waiting=0,
             num_pages=200,

@@ -154,7 +154,7 @@ def test_cross_origin_requests() -> None:
 
 def test_what_needs_the_key() -> None:
     with live_server(FakeClient(), "--api-key", "secret") as live, live.http() as http:
-        for path in ("/health", "/health/", "/ready", "/ping", "/live", "/metrics", "/health_generate"):
+        for path in ("/health", "/health/", "/ready", "/ping", "/live", "/metrics"):
             assert http.get(path).status_code == 200, path
         for path in "/v1/models /server_info /model_info /docs /openapi.json /healthy /metrics/x /v1/health".split():
             assert http.get(path).status_code == 401, path

@@ -227,3 +227,22 @@ def test_mixed_batches():
     drawn = sample(logits, [Sampling(temperature=0), Sampling(seed=2), Sampling(temperature=0, logprobs=1)], [5, 6, 7])
     assert drawn[0].token == int(logits[0].argmax()) and drawn[0].logprob is None
     assert drawn[2].token == drawn[2].top[0].token
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1e-46),
+        Sampling(temperature=1e-46, top_p=0.5, min_p=0.5, top_k=3),
+        Sampling(temperature=100.0, repetition_penalty=0.01, context=b"\x01\x00\x00\x00", num_prompt=1),
+        Sampling(temperature=1.0, repetition_penalty=1e-40, context=b"\x01\x00\x00\x00", num_prompt=1),
+        Sampling(temperature=1.0, banned=list(range(50))),
+        Sampling(temperature=1.0, top_p=1e-9, logit_bias={3: -100.0}),
+    ],
+)
+@pytest.mark.parametrize("logits", [torch.linspace(-5, 5, 50), torch.full((50,), torch.nan), torch.full((50,), 1e38)])
+def test_no_request_and_no_overflow_gives_an_id_outside_the_vocabulary(
+    sampling: Sampling, logits: torch.Tensor
+) -> None:
+    (drawn,) = sample(logits[None].clone(), [sampling], [7])
+    assert 0 <= drawn.token < 50
