@@ -24,7 +24,18 @@ from typing import Protocol
 import zmq
 
 import sp_backend
-from sp_backend.commands import Failure, Ready, Report, Shutdown, Step, StepResult, WorkerStart, decode_report, encode
+from sp_backend.commands import (
+    Failure,
+    Loading,
+    Ready,
+    Report,
+    Shutdown,
+    Step,
+    StepResult,
+    WorkerStart,
+    decode_report,
+    encode,
+)
 from sp_backend.config import BackendConfig
 
 CHECK_SECONDS = 0.2  # how often processes are looked at while their answers are awaited
@@ -67,8 +78,9 @@ class WorkerPool:
         """KV pages of each SP rank."""
         return min(ready.num_pages for ready in self.ready)
 
-    def start(self, timeout: float = 1800.0, progress: Callable[[int], None] | None = None) -> None:
-        """Returns when every worker is ready. progress: called with the number of those that are.
+    def start(self, timeout: float = 1800.0, progress: Callable[[int, int], None] | None = None) -> None:
+        """Returns when every worker is ready. progress: called with the tensors that rank 0 has
+        loaded, and has to load.
 
         Raises WorkerFailed, with nothing left running, if one fails or is not ready in time. The calling thread must
         outlive the workers: they ask the kernel to end them with it.
@@ -76,7 +88,7 @@ class WorkerPool:
         atexit.register(self.stop)
         try:
             self._spawn()
-            self._await_ready(time.monotonic() + timeout, progress or (lambda num_ready: None))
+            self._await_ready(time.monotonic() + timeout, progress or (lambda num_loaded, num_tensors: None))
             self._compare()
         except BaseException:
             self.stop(grace=0.0)
@@ -136,16 +148,17 @@ class WorkerPool:
             start = WorkerStart(self._config, rank, address, str(self._directory / "rendezvous"), os.getpid())
             self._processes.append(_Process(rank, self._command, encode(start), _environment(self._config)))
 
-    def _await_ready(self, deadline: float, progress: Callable[[int], None]) -> None:
+    def _await_ready(self, deadline: float, progress: Callable[[int, int], None]) -> None:
         ready: dict[int, Ready] = {}
         while len(ready) < self._config.world_size:
             if time.monotonic() >= deadline:
                 missing = sorted(set(range(self._config.world_size)) - set(ready))
                 raise WorkerFailed(f"workers {missing} were not ready in time")
             for report in self._receive(min(deadline, time.monotonic() + CHECK_SECONDS)):
-                assert isinstance(report, Ready), f"unexpected {report}"
-                ready[report.rank] = report
-                progress(len(ready))
+                if isinstance(report, Ready):
+                    ready[report.rank] = report
+                elif isinstance(report, Loading) and report.rank == 0:
+                    progress(report.num_loaded, report.num_tensors)
         self.ready = [ready[rank] for rank in range(self._config.world_size)]
 
     def _compare(self) -> None:

@@ -61,9 +61,13 @@ def main(argv: Sequence[str] | None = None, connect: Connect | None = None) -> i
 def run_workers(config: ServerConfig) -> Iterator[Client]:
     """The real ones. Nothing of them is left when the block ends."""
     pool = WorkerPool(config.backend)
-    world = config.backend.world_size
-    with tqdm(total=world, desc="Loading ranks", unit="rank", disable=None) as bar:
-        pool.start(progress=lambda num_ready: bar.update(num_ready - bar.n))
+    with tqdm(desc="Loading weights", unit="tensor", disable=None) as bar:
+
+        def show(num_loaded: int, num_tensors: int) -> None:
+            bar.total = num_tensors
+            bar.update(num_loaded - bar.n)
+
+        pool.start(progress=show)
     log.info("Weights: %.2f GB in each rank", max(ready.weight_bytes for ready in pool.ready) / 1e9)
     try:
         client = SchedulerClient(config.scheduler, config.backend, pool, pool.num_pages)

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--concurrency", type=int, default=4, metavar="N", help="requests in flight at most")
     add("--rate", type=float, metavar="R", help="arrivals per second, Poisson (default: as soon as there is room)")
     add("--vocab-size", type=int, metavar="N", help="default: asked of the server, else ids below 1000 are used")
+    add("--timeout", type=float, default=3600.0, metavar="SECONDS", help="longest wait for the next token")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="all requests, the summary, arguments and versions")
     add("--plot", type=Path, metavar="FILE", help="latency distributions and the timeline as an image")
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _measure(args: argparse.Namespace, rows: list[Row]) -> Target:
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     limits = httpx.Limits(max_connections=None)
-    timeout = httpx.Timeout(None, connect=30)  # a prefill may take many minutes
+    timeout = httpx.Timeout(args.timeout, connect=30, pool=None)  # a prefill may take many minutes
     async with httpx.AsyncClient(base_url=args.base_url, headers=headers, limits=limits, timeout=timeout) as http:
         target = await _discover(http, args)
         await _run_all(http, args, target, rows)

@@ -87,6 +87,14 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     top: list[TokenLogprob] = []
 
 
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """How far a worker is with its weights."""
+
+    rank: int
+    num_loaded: int  # tensors
+    num_tensors: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """Sent once, after weights are loaded and plans proved; the controller compares the digests."""
 
@@ -116,7 +124,7 @@ class Failure(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Report = Ready | StepResult | Failure
+Report = Loading | Ready | StepResult | Failure
 
 encode = msgspec.msgpack.Encoder().encode
 decode_start = msgspec.msgpack.Decoder(WorkerStart).decode

@@ -22,8 +22,8 @@ from sp_backend.batch import BatchBuilder, LocalBatch
 from sp_backend.buffers import BufferPool
 from sp_backend.commands import (
     Failure,
+    Loading,
     Ready,
-    Report,
     SampledToken,
     Shutdown,
     Step,
@@ -40,6 +40,7 @@ from sp_backend.kv_cache import KVCache
 from sp_backend.layer import StepAttention
 from sp_backend.models.config import ModelConfig
 from sp_backend.models.decoder import Decoder
+from sp_backend.models.weights import Progress
 from sp_backend.parallel import Collectives, NoCollectives, Shard
 from sp_backend.plan import Plan
 from sp_backend.sampling import sample
@@ -68,7 +69,7 @@ def plans_of(config: BackendConfig, model: ModelConfig) -> dict[str, Plan]:
 class Worker:
     """One rank: its part of the weights, its pages, its side of every plan."""
 
-    def __init__(self, config: BackendConfig, rank: int) -> None:
+    def __init__(self, config: BackendConfig, rank: int, progress: Progress | None = None) -> None:
         self._config = config
         self._rank = rank
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
@@ -81,7 +82,7 @@ class Worker:
         if config.load_format == "dummy":
             self.decoder.fill_dummy(config.seed)
         else:
-            self.decoder.load(config.model_path, progress=rank == 0 and sys.stderr.isatty())
+            self.decoder.load(config.model_path, progress)
         self._num_pages = self._page_budget(model, dtype)
         self._cache = KVCache(
             num_layers=model.num_layers,
@@ -213,32 +214,38 @@ def main() -> int:
     start: WorkerStart = decode_start(sys.stdin.buffer.read())
     _die_with(start.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controller decides when to end
-    config = start.config
-    torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(start.config.num_threads)
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, str(start.rank).encode())
     socket.setsockopt(zmq.LINGER, 2000)
     socket.connect(start.address)
-    failure: Report | None = None
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{start.rendezvous}",
-            rank=start.rank,
-            world_size=config.world_size,
-            timeout=timedelta(seconds=config.dist_timeout),
-        )
-        serve(Worker(config, start.rank), socket)
+        worker = _build(start, socket)
     except ValueError as error:  # the user's to mend: a message, no traceback
-        failure = Failure(start.rank, str(error))
+        socket.send(encode(Failure(start.rank, str(error))))
+        return 1
+    try:
+        serve(worker, socket)
     except Exception as error:
         logger.exception("rank %d failed", start.rank)
-        failure = Failure(start.rank, f"{type(error).__name__}: {error}")
-    if failure is not None:
-        socket.send(encode(failure))
-    context.destroy(linger=2000)
-    return 0 if failure is None else 1
+        socket.send(encode(Failure(start.rank, f"{type(error).__name__}: {error}")))
+        return 1
+    finally:
+        context.destroy(linger=2000)
+    return 0
+
+
+def _build(start: WorkerStart, socket: zmq.Socket[bytes]) -> Worker:
+    config = start.config
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{start.rendezvous}",
+        rank=start.rank,
+        world_size=config.world_size,
+        timeout=timedelta(seconds=config.dist_timeout),
+    )
+    return Worker(config, start.rank, lambda done, total: socket.send(encode(Loading(start.rank, done, total))))
 
 
 def _die_with(parent: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from sp_backend.models.config import ModelConfig
 from sp_backend.models.layers import inverse_frequencies, rms_norm, rope_cos_sin, rotate
 from sp_backend.models.parameters import LayerWeights, Parameters
-from sp_backend.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD, fill_dummy, load_weights, tensor_specs
+from sp_backend.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD, Progress, fill_dummy, load_weights, tensor_specs
 from sp_backend.parallel import Collectives, Shard
 
 BLOCK_ROWS = 4096
@@ -70,7 +70,7 @@ class Decoder:
     def weight_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self._parameters.values())
 
-    def load(self, folder: str | Path, progress: bool = False) -> int:
+    def load(self, folder: str | Path, progress: Progress | None = None) -> int:
         """Reads this rank's part of the folder's weights; returns the bytes read."""
         return load_weights(self._parameters, self._specs, folder, progress)
 

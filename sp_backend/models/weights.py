@@ -7,18 +7,18 @@ split over ranks, it is the same model.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sp_backend.models.checkpoint import Checkpoint
 from sp_backend.models.config import ModelConfig
 from sp_backend.parallel import Shard
 
+Progress = Callable[[int, int], None]  # tensors loaded so far, tensors in all
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
@@ -79,15 +79,20 @@ def _slice(part: range, unit: int = 1) -> slice:
 
 @torch.inference_mode()
 def load_weights(
-    parameters: dict[str, Tensor], specs: list[TensorSpec], folder: str | Path, progress: bool = False
+    parameters: dict[str, Tensor],
+    specs: list[TensorSpec],
+    folder: str | Path,
+    progress: Progress | None = None,
 ) -> int:
     """Fills this rank's parameters from the folder's files; returns the bytes read from them."""
     checkpoint = Checkpoint(folder)
     num_bytes = 0
-    for spec in tqdm(specs, desc="Loading weights", unit="tensor", disable=not progress):
+    for number, spec in enumerate(specs, 1):
         tensor = checkpoint.read(spec.name, spec.shape, spec.slices)
         parameters[spec.name].copy_(tensor)
         num_bytes += tensor.nbytes
+        if progress is not None:
+            progress(number, len(specs))
     return num_bytes
 
 

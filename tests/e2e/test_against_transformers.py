@@ -45,8 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @lru_cache
-def checkpoint(folder: Path, family: str) -> Path:
-    return make_checkpoint(folder / family, family)
+def checkpoint(folder: Path, family: str, num_heads: int = 12, num_kv_heads: int = 4) -> Path:
+    return make_checkpoint(folder / f"{family}-{num_heads}", family, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
 
 @lru_cache
@@ -101,6 +101,13 @@ def test_logits_and_tokens(
     prompts = [SHORT, FOLLOW_UP, LONG]
     assert it.complete(prompts, NEW_TOKENS) == [list(expected_tokens(model, tuple(p))) for p in prompts]
     assert it.cached_tokens(2) == 77 // PAGE * PAGE
+
+
+@pytest.mark.parametrize("sp", [2, 4])
+@pytest.mark.parametrize(("layout", "strategy", "redundant"), VARIANTS)
+def test_one_kv_head_for_all_queries(folder: Path, sp: int, layout: str, strategy: str, redundant: bool) -> None:
+    model = checkpoint(folder, "llama3", 8, 1)
+    assert worst_error(engine(model, 1, sp, layout, strategy, redundant), model) <= 1e-4
 
 
 @pytest.mark.parametrize("how", ["wrong RoPE factor", "dropped KV block", "base-2 LSE"])

@@ -12,6 +12,7 @@ import zmq
 
 from sp_backend.commands import (
     Failure,
+    Loading,
     Ready,
     SampledToken,
     Shutdown,
@@ -43,6 +44,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         child = subprocess.Popen(["sleep", "60"])
         print(f"child {child.pid}", flush=True)
+    for num_loaded in (1, 2):
+        socket.send(encode(Loading(start.rank, num_loaded, 2)))
     plans = {"local": "other" if mode == "other-plan" else "same"}
     socket.send(encode(Ready(start.rank, 100 - start.rank, start.config.page_size, plans, 0)))
     while True:
