@@ -11,7 +11,7 @@ class SchedulerConfig:
     max_queued_requests: int | None = None  # beyond those that a free slot awaits; None: unlimited
     chunked_prefill_size: int = 4096  # new tokens of one prefill step; -1: whole prompts
     max_prefill_seconds: float = 0.5  # predicted time of one prefill step while streams run
-    sp_threshold: int = 512  # prompts with fewer new tokens live on one rank
+    sp_threshold: int = 384  # prompts with fewer new tokens live on one rank
     prefix_cache: bool = True
     watchdog_timeout: float = 300.0  # seconds one step may take
     decode_log_interval: int = 40  # decode steps between two log lines
