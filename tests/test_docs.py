@@ -14,7 +14,7 @@ import pytest
 from benchmarks.launched import ROOT, LaunchedServer, free_port
 from tests.checkpoints import make_checkpoint
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "server" / "default_model" / "README.md"]
 NOT_RUN = {  # command -> why
     "make test": "it is what runs this",
     "python3 -m venv": "it fetches from PyTorch's own index",

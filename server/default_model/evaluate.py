@@ -8,9 +8,8 @@ Prints a table and writes `recall.json`.
     prose  # The secret number is 12345.  ...  # The secret number is
     chat   the code as a user's message with the question "What is KEY?" at its end
 
-A distance is the least number of tokens between the planted line and the question.  At the longer ones
-several facts stand next to each other and share one pass over the text that follows them, which asks no less
-of the model (it has to pick the right one) and makes the tries affordable on a CPU.
+A distance is the least number of tokens between the planted line and the question.  Where several facts are
+planted side by side, each one is asked for; their keys end alike, so that picking the right one is harder.
 
     python -m server.default_model.evaluate --threads 2
 """
@@ -36,7 +35,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from server.default_model.train import read_texts
 
-DISTANCES = [64, 256, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000]
+TESTS = [  # (distance, tries, facts planted side by side)
+    (64, 50, 1),
+    (256, 50, 1),
+    (256, 50, 5),
+    (1000, 50, 1),
+    (1000, 50, 5),
+    (2000, 20, 1),
+    (4000, 10, 1),
+    (8000, 10, 1),
+    (16000, 10, 1),
+    (32000, 10, 1),
+    (64000, 10, 1),
+    (128000, 10, 1),
+]
 KINDS = [(form, value) for form in ("code", "prose", "chat") for value in ("name", "number")]
 PROMPTS = [
     "import os\n\n\ndef read_file(path):\n",
@@ -139,7 +151,8 @@ def recall(subject: Subject, text: list[int], line_starts: list[int], plan: Plan
         cache = DynamicCache(config=subject.model.config)
         subject.read(opening + planted + text[middle:end], cache)
         for _, question, value in facts:
-            answer = subject.answer(subject.encode(question), cache, 40 if chat else 16)
+            limit = 32 if chat else len(subject.encode(value)) + 2
+            answer = subject.answer(subject.encode(question), cache, limit)
             found = rf"(?<!\w){value}(?!\w)" if chat else rf"^\s*{value}(?!\w)"
             right += re.search(found, answer) is not None
     return right
@@ -157,6 +170,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    out = options.out or options.model / "recall.json"
     started = time.monotonic()
     subject = Subject(options.model, options.dtype)
     _, held_out = read_texts()
@@ -176,27 +190,31 @@ def main() -> None:
         "seed": options.seed,
         "recall": [],
     }
+
+    def save() -> None:
+        report["minutes"] = round((time.monotonic() - started) / 60, 2)
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
     print(json.dumps(report["held_out"]))
-    print("distance | " + " | ".join(f"{form} {kind}" for form, kind in KINDS))
-    for distance in (d for d in DISTANCES if d <= options.longest):
-        tries, together = (50, 1) if distance <= 1000 else (50, 5) if distance <= 4000 else (20, 5)
-        if distance > 16000:
-            tries, together = 10, 10
-        row: dict[str, Any] = {"distance": distance, "tries": tries}
-        for form, kind in tqdm(KINDS, desc=f"recall at {distance}", leave=False):
-            plan = Plan(form, kind, distance, tries, together, options.seed)
-            row[f"{form} {kind}"] = recall(subject, ids, starts, plan)
-        report["recall"].append(row)
-        print(f"{distance} | " + " | ".join(f"{row[f'{f} {k}']}/{tries}" for f, k in KINDS), flush=True)
     report["samples"] = []
     for prompt in PROMPTS + [f"<|user|>\n{text}<|end|>\n<|assistant|>\n" for text in CHATS]:
         cache = DynamicCache(config=subject.model.config)
         answer = subject.answer(subject.encode("<|endoftext|>" + prompt), cache, 96)
         report["samples"].append({"prompt": prompt, "answer": answer})
         print("-" * 60 + f"\n{prompt}\x1b[1m{answer}\x1b[0m")
-    report["minutes"] = round((time.monotonic() - started) / 60, 2)
-    out = options.out or options.model / "recall.json"
-    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    save()
+    print("distance | facts | " + " | ".join(f"{form} {kind}" for form, kind in KINDS))
+    for distance, tries, together in TESTS:
+        if distance > options.longest:
+            continue
+        row: dict[str, Any] = {"distance": distance, "facts": together, "tries": tries}
+        for form, kind in tqdm(KINDS, desc=f"recall at {distance}", leave=False):
+            plan = Plan(form, kind, distance, tries, together, options.seed)
+            row[f"{form} {kind}"] = recall(subject, ids, starts, plan)
+        report["recall"].append(row)
+        save()
+        counts = " | ".join(f"{row[f'{form} {kind}']}/{tries}" for form, kind in KINDS)
+        print(f"{distance} | {together} | {counts}", flush=True)
 
 
 if __name__ == "__main__":
