@@ -62,7 +62,7 @@ def test_a_failed_start_says_why_and_leaves_nothing(mode: str, message: str) -> 
 
 
 def test_a_start_that_takes_too_long_fails() -> None:
-    with make_pool("sleeps:0") as pool, pytest.raises(WorkerFailed, match=r"workers \[0(, 1)?\] were not ready in time"):
+    with make_pool("sleeps:0") as pool, pytest.raises(WorkerFailed, match=r"workers \[0.* were not ready in time"):
         pool.start(timeout=1.0)
 
 
