@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -45,6 +46,7 @@ from sp_backend.parallel import Collectives, NoCollectives, Shard
 from sp_backend.plan import Plan
 from sp_backend.sampling import sample
 from sp_backend.strategies import plan_for
+from sp_backend.transport import Transport
 from sp_backend.transport.collectives import GroupCollectives
 from sp_backend.transport.gloo import GlooTransport
 
@@ -66,10 +68,32 @@ def plans_of(config: BackendConfig, model: ModelConfig) -> dict[str, Plan]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Links:
+    """How a rank reaches the others of its SP group, and those that it shares a set of weights with."""
+
+    transport: Transport
+    collectives: Collectives
+
+
+def connect(config: BackendConfig, rank: int) -> Links:
+    """Every rank of the world must call this: process groups are made by all ranks, for all groups, in one order."""
+    transport = GlooTransport.create(config.world_size, config.sp_size, rank, config.dist_timeout)
+    shards = [Shard.of_rank(r, config.tp_size, config.sp_size, config.layout) for r in range(config.world_size)]
+    collectives: Collectives = NoCollectives()
+    for ranks in sorted({tuple(shard.group_ranks()) for shard in shards}):
+        if len(ranks) > 1:
+            timeout = timedelta(seconds=config.dist_timeout)
+            group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+            if rank in ranks:
+                collectives = GroupCollectives(group)
+    return Links(transport, collectives)
+
+
 class Worker:
     """One rank: its part of the weights, its pages, its side of every plan."""
 
-    def __init__(self, config: BackendConfig, rank: int, progress: Progress | None = None) -> None:
+    def __init__(self, config: BackendConfig, rank: int, links: Links, progress: Progress | None = None) -> None:
         self._config = config
         self._rank = rank
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
@@ -77,8 +101,7 @@ class Worker:
         shard = Shard.of_rank(rank, config.tp_size, config.sp_size, config.layout)
         self._shard = shard
         self._plans = plans_of(config, model)
-        transport = GlooTransport.create(config.world_size, config.sp_size, rank, config.dist_timeout)
-        self.decoder = Decoder(model, shard, dtype, device, self._collectives())
+        self.decoder = Decoder(model, shard, dtype, device, links.collectives)
         if config.load_format == "dummy":
             self.decoder.fill_dummy(config.seed)
         else:
@@ -106,7 +129,7 @@ class Worker:
                 plan,
                 shard.sp_rank,
                 get_kernel(config.kernel),
-                transport,
+                links.transport,
                 head_dim=model.head_dim,
                 dtype=dtype,
                 device=device,
@@ -163,23 +186,6 @@ class Worker:
             SampledToken(row.request_id, drawn.token, drawn.logprob, drawn.top)
             for row, drawn in zip(batch.samples, samples, strict=True)
         ]
-
-    def _collectives(self) -> Collectives:
-        """new_group must be called by all ranks for all groups, in one order."""
-        if self._shard.group_size == 1:
-            return NoCollectives()
-        config, mine = self._config, None
-        timeout = timedelta(seconds=config.dist_timeout)
-        groups = {
-            tuple(Shard.of_rank(r, config.tp_size, config.sp_size, config.layout).group_ranks())
-            for r in range(config.world_size)
-        }
-        for ranks in sorted(groups):
-            group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
-            if self._rank in ranks:
-                mine = group
-        assert mine is not None
-        return GroupCollectives(mine)
 
     def _page_budget(self, model: ModelConfig, dtype: torch.dtype) -> int:
         if self._config.num_pages is not None:
@@ -245,7 +251,8 @@ def _build(start: WorkerStart, socket: zmq.Socket[bytes]) -> Worker:
         world_size=config.world_size,
         timeout=timedelta(seconds=config.dist_timeout),
     )
-    return Worker(config, start.rank, lambda done, total: socket.send(encode(Loading(start.rank, done, total))))
+    links = connect(config, start.rank)
+    return Worker(config, start.rank, links, lambda done, total: socket.send(encode(Loading(start.rank, done, total))))
 
 
 def _die_with(parent: int) -> None:

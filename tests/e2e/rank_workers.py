@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ from sp_backend.commands import Sampling, Step, StepResult
 from sp_backend.config import BackendConfig
 from sp_backend.kernels import Attention, get_kernel
 from sp_backend.state import AttentionState
-from sp_backend.worker import Worker
+from sp_backend.worker import Links, Worker, connect
 from tests.ranks import run_on_ranks
 
 GREEDY = Sampling(temperature=0.0)
@@ -27,8 +28,18 @@ _worker: dict[str, Worker] = {}  # in each rank's process: the one built last
 Logits = dict[int, np.ndarray[Any, Any]]  # position -> [vocab]
 
 
+@cache
+def _connect(tp_size: int, sp_size: int, layout: str, rank: int) -> Links:
+    """Once for all workers of a mesh: idle process groups cost processor time."""
+    config = BackendConfig(
+        model_path="", dtype="float32", context_length=1, tp_size=tp_size, sp_size=sp_size, layout=layout
+    )
+    return connect(config, rank)
+
+
 def build(rank: int, size: int, config: BackendConfig) -> dict[str, str]:
-    _worker["it"] = Worker(config, rank)
+    links = _connect(config.tp_size, config.sp_size, config.layout, rank)
+    _worker["it"] = Worker(config, rank, links)
     return _worker["it"].ready().plan_digests
 
 
