@@ -19,6 +19,8 @@ import numpy as np
 
 from benchmarks.launched import LaunchedServer
 
+TOKENS_BEFORE = 100  # that each stream has got when the long prompt arrives
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.interference", description=__doc__.splitlines()[0])
@@ -46,7 +48,9 @@ async def measure(url: str, prompt_tokens: int, num_streams: int) -> dict[str, f
             asyncio.create_task(stream(http, [100 + i] * 40, times, max_tokens=longest // num_streams - 100))
             for i, times in enumerate(arrivals)
         ]
-        await asyncio.sleep(5)
+        async with asyncio.timeout(120):
+            while any(len(times) < TOKENS_BEFORE for times in arrivals) and not any(task.done() for task in streams):
+                await asyncio.sleep(0.02)
         began = time.perf_counter()
         first: list[float] = []
         await stream(http, random.integers(100, vocab_size * 9 // 10, prompt_tokens).tolist(), first, max_tokens=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser()
     args = arguments.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     for name in ("prompt_tokens", "output_tokens", "num_requests", "concurrency"):
         if getattr(args, name) < 1:
             arguments.error(f"--{name.replace('_', '-')} must be at least 1")
