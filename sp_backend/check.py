@@ -190,24 +190,26 @@ class _Sample:
     def __init__(self, layout: Layout, page_size: int = 2) -> None:
         self.layout = layout
         self.positions: list[list[NDArray[np.int64]]] = []  # [sequence][chunk] -> absolute positions
-        long = page_size * (2 * layout.num_new + 1) + 1
+        long = page_size * (2 * layout.num_new // layout.num_groups + 1) + 1
         cases = [(long, long + 3), (3, 0)] if layout.kind != "home" else [(3, 9), (1, 5)]
-        for i, (num_new, num_old) in enumerate(cases):
-            self.positions.append(self._lay_out(i, num_new, num_old, page_size))
+        for group in range(layout.num_groups):
+            for i, (num_new, num_old) in enumerate(cases):
+                self.positions.append(self._lay_out(group, i, num_new, num_old, page_size))
 
-    def _lay_out(self, index: int, num_new: int, num_old: int, page_size: int) -> list[NDArray[np.int64]]:
-        lay, home = self.layout, (index * (self.layout.num_ranks - 1))
+    def _lay_out(self, group: int, index: int, num_new: int, num_old: int, page_size: int) -> list[NDArray[np.int64]]:
+        lay = self.layout
         old = np.arange(0 if lay.history == "none" else num_old)
         new = len(old) + np.arange(num_new)
+        first, size = group * lay.group_size, lay.group_size
         if lay.kind == "home":
+            home = first + index * (size - 1)
             chunks = [new if c == home else new[:0] for c in range(lay.num_new)]
         else:
-            cuts = np.cumsum(lay.cut_pages(num_new, page_size))
+            cuts = np.cumsum(lay.cut_pages(num_new, page_size, group))
             chunks = np.split(new, cuts[:-1])
-        if lay.history == "all":
-            chunks += [old[(old // page_size + index) % lay.num_ranks == r] for r in range(lay.num_ranks)]
-        elif lay.history == "own":
-            chunks += [old if r == home else old[:0] for r in range(lay.num_ranks)]
+        if lay.history != "none":
+            owners = first + (old // page_size + index) % size
+            chunks += [old[owners == r] for r in range(lay.num_ranks)]
         return chunks
 
     def count(self, state: Block, folds: list[_Fold]) -> Iterator[str]:

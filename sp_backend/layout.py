@@ -6,12 +6,15 @@ New tokens are cut into chunks. Each rank's cached tokens form one more, its his
     heads       P chunks as contiguous, but every rank holds Q (and must end with the state) of all chunks for
                 its own group of heads; KV chunk c lies on rank c, or with redundant_kv on every rank
     home        P chunks, chunk r holds whole sequences that live on rank r
+Of a degree d < P, groups of d neighbouring ranks share no sequence: group g's chunks follow those of group g-1, and
+are cut as those of a layout of d ranks.
 Chunks are named by index, never by length: one plan serves every ragged batch, empty chunks included.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, Literal
 
 Operand = Literal["Q", "KV", "STATE"]
@@ -70,8 +73,9 @@ class Layout:
     num_heads: int
     num_kv_heads: int
     causal: bool = True
-    history: History = "all"  # whose queries see a rank's cached tokens: all, those of its own chunks, or none exist
+    history: History = "all"  # whose queries see a rank's cached tokens: all, those of its own group, or none exist
     redundant_kv: bool = False  # heads only: KV of new tokens is on every rank from the start
+    degree: int | None = None  # ranks of a group; None: all, or in layout home with history "own" just one
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -88,8 +92,32 @@ class Layout:
             )
         if self.redundant_kv and self.kind != "heads":
             raise ValueError(f"redundant_kv needs layout heads, not {self.kind}")
-        if self.history == "own" and self.kind != "home":
-            raise ValueError(f"history 'own' needs layout home: {self.kind} spreads a sequence over ranks")
+        if self.degree is not None and (self.degree < 1 or self.num_ranks % self.degree):
+            fit = [d for d in range(1, self.num_ranks + 1) if self.num_ranks % d == 0]
+            raise ValueError(
+                f"degree: {self.num_ranks} ranks cannot be divided into groups of {self.degree}; "
+                f"degrees that fit: {', '.join(map(str, fit))}"
+            )
+        if self.group_size < self.num_ranks:
+            if self.kind == "heads":
+                raise ValueError(f"degree {self.degree}: layout heads spreads every sequence over all ranks")
+            if self.history == "all" and self.kind != "home":
+                raise ValueError(f"degree {self.degree}: history of other groups cannot be seen; use history 'own'")
+        elif self.history == "own" and self.degree is None and self.kind != "home":
+            raise ValueError(
+                f"history 'own' needs layout home or a degree: {self.kind} spreads sequences over all ranks"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Number of ranks that share a sequence (its history, in layout home)."""
+        if self.degree is not None:
+            return self.degree
+        return 1 if self.kind == "home" and self.history == "own" else self.num_ranks
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_ranks // self.group_size
 
     @property
     def num_new(self) -> int:
@@ -114,15 +142,27 @@ class Layout:
         """The rank that holds the KV of a chunk (and, except in layout heads, its queries)."""
         if chunk >= self.num_new:
             return chunk - self.num_new
-        return min(chunk, self.num_new - 1 - chunk) if self.kind == "zigzag" else chunk
+        if self.kind != "zigzag":
+            return chunk
+        group, c = divmod(chunk, 2 * self.group_size)
+        return group * self.group_size + min(c, 2 * self.group_size - 1 - c)
 
     def q_of(self, rank: int) -> list[int]:
         """The query chunks that start, and whose states end, on a rank."""
-        return [c for c in range(self.num_new) if self.kind == "heads" or self.owner(c) == rank]
+        return list(range(self.num_new)) if self.kind == "heads" else self._new_of(rank)
 
     def kv_of(self, rank: int) -> list[int]:
         """The KV chunks that a rank holds at the start, in index order."""
-        return [c for c in range(self.num_chunks) if self.owner(c) == rank or (self.redundant_kv and c < self.num_new)]
+        new = list(range(self.num_new)) if self.redundant_kv else self._new_of(rank)
+        return new if self.history == "none" else [*new, self.history_of(rank)]
+
+    def _new_of(self, rank: int) -> list[int]:
+        """The chunks of new tokens that a rank owns."""
+        if self.kind != "zigzag":
+            return [rank]
+        group, r = divmod(rank, self.group_size)
+        first = group * 2 * self.group_size
+        return [first + r, first + 2 * self.group_size - 1 - r]
 
     def heads_of(self, rank: int) -> Heads:
         """The query heads whose Q a rank holds at the start."""
@@ -149,21 +189,26 @@ class Layout:
     def mask(self, q: int, kv: int) -> Mask:
         """What queries of chunk q see of the keys of chunk kv."""
         if kv >= self.num_new:
-            return FULL if self.history == "all" or self.owner(kv) == self.owner(q) else EMPTY
+            return FULL if self.history == "all" or self.group_of(kv) == self.group_of(q) else EMPTY
         if q == kv:
             return CAUSAL if self.causal else FULL
-        if self.kind == "home":
-            return EMPTY  # another chunk holds other sequences
+        if self.kind == "home" or self.group_of(kv) != self.group_of(q):
+            return EMPTY  # another chunk or group holds other sequences
         return FULL if kv < q or not self.causal else EMPTY
 
-    def cut_pages(self, num_tokens: int, page_size: int) -> tuple[int, ...]:
-        """Rows of each new chunk of one spread sequence, cut between pages; the last page may be partial."""
-        assert self.kind != "home", "home sequences are not cut"
-        num_pages = -(-num_tokens // page_size)
-        cuts = [min(num_pages * c // self.num_new * page_size, num_tokens) for c in range(self.num_new + 1)]
-        return tuple(hi - lo for lo, hi in zip(cuts, cuts[1:], strict=False))
+    def group_of(self, chunk: int) -> int:
+        """The group whose sequences a chunk is part of."""
+        return self.owner(chunk) // self.group_size
 
-    def page_ranks(self, num_tokens: int, page_size: int) -> tuple[int, ...]:
-        """The rank of each new page of one spread sequence."""
-        rows = self.cut_pages(num_tokens, page_size)
+    def cut_pages(self, num_tokens: int, page_size: int, group: int = 0) -> tuple[int, ...]:
+        """Rows of each new chunk of one sequence that a group shares, cut between pages; the last may be partial."""
+        assert self.kind != "home", "home sequences are not cut"
+        num_pages, num_chunks = -(-num_tokens // page_size), self.num_new // self.num_groups
+        cuts = [min(num_pages * c // num_chunks * page_size, num_tokens) for c in range(num_chunks + 1)]
+        before, after = group * num_chunks, (self.num_groups - 1 - group) * num_chunks
+        return (0,) * before + tuple(hi - lo for lo, hi in pairwise(cuts)) + (0,) * after
+
+    def page_ranks(self, num_tokens: int, page_size: int, group: int = 0) -> tuple[int, ...]:
+        """The rank of each new page of one sequence spread over a group."""
+        rows = self.cut_pages(num_tokens, page_size, group)
         return tuple(self.owner(c) for c, n in enumerate(rows) for _ in range(-(-n // page_size)))

@@ -117,6 +117,35 @@ def visible(layout: Layout, rank: int, qs: Iterable[Block], kvs: Sequence[Block]
     return [Attend(rank, q, kv, mask) for q, kv, mask in pairs if mask != EMPTY]
 
 
+def replicate(plan: Plan, layout: Layout) -> Plan:
+    """The plan of one group, run by every group of a layout at once: the same rounds on other ranks and chunks."""
+    rounds: list[Round] = [Round()] * len(plan.rounds)
+    for group in range(layout.num_groups):
+        rename = _Renaming(plan.layout, layout, group)
+        for i, r in enumerate(plan.rounds):
+            transfers = (Transfer(rename.block(t.block), rename.rank(t.src), rename.rank(t.dst)) for t in r.transfers)
+            attends = (Attend(rename.rank(a.rank), rename.block(a.q), rename.block(a.kv), a.mask) for a in r.attends)
+            rounds[i] = Round((*rounds[i].transfers, *transfers), (*rounds[i].attends, *attends))
+    return Plan(plan.name, layout, tuple(rounds))
+
+
+@dataclass(frozen=True, slots=True)
+class _Renaming:
+    """Ranks and blocks of a group, as the layout of all groups calls them."""
+
+    inner: Layout
+    outer: Layout
+    group: int
+
+    def rank(self, rank: int) -> int:
+        return self.group * self.inner.num_ranks + rank
+
+    def block(self, block: Block) -> Block:
+        if block.chunk < self.inner.num_new:
+            return replace(block, chunk=self.group * self.inner.num_new + block.chunk)
+        return replace(block, chunk=self.outer.history_of(self.rank(self.inner.owner(block.chunk))))
+
+
 def prune(plan: Plan) -> Plan:
     """Drop transfers that nobody uses, states that nobody computed, and rounds left empty.
 

@@ -20,7 +20,7 @@ from sp_backend.transport.recording import RecordingTransport
 
 @dataclass(frozen=True)
 class Request:
-    """`new` tokens after `cached` ones, whose pages lie on all ranks, or on `home` if history is 'own'."""
+    """`new` tokens after `cached` ones, whose pages lie on all ranks of the group that rank `home` is in."""
 
     new: int
     cached: int = 0
@@ -56,16 +56,15 @@ class Batch:
 
     def _positions(self, index: int, s: Request, page_size: int) -> list[Positions]:
         lay, home, cached = self.layout, s.home % self.layout.num_ranks, self._cached(s)
+        group, size = home // lay.group_size, lay.group_size
         new, old = cached + np.arange(s.new), np.arange(cached)
         if lay.kind == "home" or (lay.kind == "heads" and s.new == 1):  # a decoded token: any one chunk
             chunks = [new if c == home else new[:0] for c in range(lay.num_new)]
         else:
-            chunks = np.split(new, np.cumsum(lay.cut_pages(s.new, page_size))[:-1])
-        if lay.history == "all":
-            owners = (np.arange(cached) // page_size * 7 + index) % 5 % lay.num_ranks
+            chunks = np.split(new, np.cumsum(lay.cut_pages(s.new, page_size, group))[:-1])
+        if lay.history != "none":
+            owners = group * size + (old // page_size * 7 + index) % 5 % size
             chunks += [old[owners == r] for r in range(lay.num_ranks)]
-        elif lay.history == "own":
-            chunks += [old if r == home else old[:0] for r in range(lay.num_ranks)]
         return chunks
 
     def q_of(self, rank: int) -> dict[int, Tensor]:

@@ -1,40 +1,92 @@
 """Strategies: pure functions that write a plan for a layout. A new one is a file here and a row in
-STRATEGIES.
+STRATEGIES. Pure: no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any, Literal
 
 from sp_backend.check import check
 from sp_backend.layout import History, Kind, Layout
-from sp_backend.plan import Plan, PlanError, prune
+from sp_backend.plan import Plan, PlanError, prune, replicate
 from sp_backend.strategies import decode, local, ring_pass_kv, sharded_q, token_ring
 
 
 @dataclass(frozen=True, slots=True)
+class Options:
+    """What some strategies take beside the layout; None: the strategy's own default."""
+
+    window_size: int | None = None  # double_ring: ranks of an inner ring; divides the degree
+    ulysses_degree: int | None = None  # hybrid: ranks that trade heads; divides the degree
+    ring_inside: bool = False  # hybrid: neighbours form the rings (else neighbours trade heads)
+    num_rings: int | None = None  # hamilton: 1 to degree - 1
+    cycles: tuple[tuple[int, ...], ...] | None = None  # hamilton: edge-disjoint, each lists all ranks once
+    ranks_per_node: int | None = None  # hamilton: paths that use each rank's link to another node once a step
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+
+FLAGS = {  # the server's command line
+    "window_size": "--sp-window-size",
+    "ulysses_degree": "--sp-ulysses-degree",
+    "num_rings": "--sp-num-rings",
+    "cycles": "--sp-mapping",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A strategy with its options and its degree: what a plan is built from, beside the model's heads."""
+
+    strategy: str
+    options: Options = Options()
+    degree: int | None = None  # ranks that share one sequence; None: all. Divides the number of ranks
+
+    def __str__(self) -> str:
+        """Short, unique and stable: the plan's name, a label of metrics, what users read."""
+        options = self.options.given().items()
+        given = ",".join(name if value is True else f"{name}={_short(value)}" for name, value in options)
+        name = f"{self.strategy}({given})" if given else self.strategy
+        return name if self.degree is None else f"{name}@{self.degree}"
+
+
+def _short(value: Any) -> str:
+    """A number as it is; cycles by their count and digest."""
+    if isinstance(value, tuple):
+        return f"{len(value)}:{hashlib.sha256(repr(value).encode()).hexdigest()[:8]}"
+    return str(value)
+
+
+@dataclass(frozen=True, slots=True)
 class Strategy:
-    build: Callable[[Layout], Plan]
+    build: Callable[..., Plan]  # (Layout, and as keywords the options that it takes)
     kinds: tuple[Kind, ...]  # layouts it works on; the first is the default
+    takes: tuple[str, ...] = ()  # names of its Options
+    useful: Callable[[int, int], Iterable[dict[str, Any]]] = lambda num_ranks, num_heads: [{}]  # options worth trying
     history: History = "all"
     layout: str | None = None  # the server's layout in which it can be asked for; None: chosen by the scheduler alone
 
 
+SPREAD: tuple[Kind, ...] = ("zigzag", "contiguous")
 STRATEGIES: dict[str, Strategy] = {
-    "ring_pass_kv": Strategy(ring_pass_kv.build_down, ("zigzag", "contiguous"), layout="tokens"),
-    "ring_pass_kv_up": Strategy(ring_pass_kv.build_up, ("zigzag", "contiguous"), layout="tokens"),
-    "token_ring": Strategy(token_ring.build, ("zigzag", "contiguous"), layout="tokens"),
+    "ring_pass_kv": Strategy(ring_pass_kv.build_down, SPREAD, layout="tokens"),
+    "ring_pass_kv_up": Strategy(ring_pass_kv.build_up, SPREAD, layout="tokens"),
+    "token_ring": Strategy(token_ring.build, SPREAD, layout="tokens"),
     "sharded_q": Strategy(sharded_q.build, ("heads",), layout="heads"),
     "decode": Strategy(decode.build, ("home", "heads")),
     "local": Strategy(local.build, ("home",), history="own"),
 }
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def plan_for(
-    name: str,
+    variant: Variant | str,
     *,
     num_ranks: int,
     num_heads: int,
@@ -43,15 +95,56 @@ def plan_for(
     redundant_kv: bool = False,
     kind: Kind | None = None,
 ) -> Plan:
-    """Build, prune and prove a strategy's plan. Raises ValueError for sizes that do not fit it."""
-    if name not in STRATEGIES:
-        raise ValueError(f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}")
-    strategy = STRATEGIES[name]
+    """Build, prune and prove a strategy's plan.
+
+    variant: a strategy's name stands for its defaults. kind: None is the first layout of the strategy.
+    Raises ValueError for sizes and options that do not fit it.
+    """
+    if isinstance(variant, str):
+        variant = Variant(variant)
+    strategy = _row(variant)
     kind = kind or strategy.kinds[0]
     if kind not in strategy.kinds:
-        raise ValueError(f"strategy {name} works on layouts {', '.join(strategy.kinds)}, not {kind}")
+        raise ValueError(f"strategy {variant.strategy} works on layouts {', '.join(strategy.kinds)}, not {kind}")
     layout = Layout(num_ranks, kind, num_heads, num_kv_heads, causal, strategy.history, redundant_kv)
-    return prove(prune(strategy.build(layout)))
+    degree = layout.group_size if variant.degree is None else variant.degree
+    options = {name: getattr(variant.options, name) for name in strategy.takes}
+    if degree == layout.group_size:
+        plan = strategy.build(layout, **options)
+    else:
+        groups = replace(layout, history="own", degree=degree)  # refuses a degree that does not fit
+        plan = replicate(strategy.build(replace(layout, num_ranks=degree), **options), groups)
+    return prove(replace(prune(plan), name=str(variant)))
+
+
+def _row(variant: Variant) -> Strategy:
+    """A variant's row of the table. Raises ValueError if there is none, or if it does not take what is given."""
+    if variant.strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {variant.strategy!r}; known: {', '.join(STRATEGIES)}")
+    strategy = STRATEGIES[variant.strategy]
+    if variant.degree is not None and strategy.history == "own":
+        raise ValueError(f"strategy {variant.strategy} takes no degree: every sequence lives on one rank")
+    for name in variant.options.given():
+        if name not in strategy.takes:
+            flag = f" ({FLAGS[name]})" if name in FLAGS else ""
+            takers = ", ".join(n for n, s in STRATEGIES.items() if name in s.takes)
+            raise ValueError(f"{name}{flag} is not an option of strategy {variant.strategy}; it is one of: {takers}")
+    return strategy
+
+
+def variants(num_ranks: int, num_heads: int, layout: Literal["tokens", "heads"] = "tokens") -> list[Variant]:
+    """Every sensible variant that fits, full degree first: what a planner chooses from.
+
+    decode and local are not among them: they suit a kind of step and not a size.
+    """
+    degrees = [d for d in range(num_ranks, 1, -1) if num_ranks % d == 0 and (layout == "tokens" or d == num_ranks)]
+    return [
+        Variant(name, Options(**options), None if degree == num_ranks else degree)
+        for degree in degrees or [1]
+        for name, strategy in STRATEGIES.items()
+        if strategy.layout == layout
+        for options in strategy.useful(degree, num_heads)
+    ]
 
 
 def prove(plan: Plan) -> Plan:

@@ -104,7 +104,7 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do() -> None:
         Layout(2, "zigzag", 12, 5)
     with pytest.raises(ValueError, match="redundant_kv needs layout heads"):
         Layout(2, "zigzag", 4, 4, redundant_kv=True)
-    with pytest.raises(ValueError, match="needs layout home"):
+    with pytest.raises(ValueError, match="needs layout home or a degree"):
         Layout(2, "zigzag", 4, 4, history="own")
     with pytest.raises(ValueError, match="unknown layout"):
         Layout(2, "spiral", 4, 4)  # type: ignore[arg-type]
