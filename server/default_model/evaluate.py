@@ -1,6 +1,6 @@
 """Measure the embedded default model: held-out loss, and how far back it still recalls a name or a number.
 
-The text is the part of the standard library that `train.py` holds out.  Every try plants a random name or
+The text is the part of the standard library that `corpus.py` holds out.  Every try plants a random name or
 number that the model cannot know, puts held-out code after it, asks for it and compares the greedy answer.
 Prints a table and writes `recall.json`.
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from server.default_model.train import read_texts
+from server.default_model.corpus import read_sources
 
 TESTS = [  # (distance, tries, facts planted side by side)
     (64, 50, 1),
@@ -121,31 +121,33 @@ def fact(rng: random.Random, form: str, kind: str) -> tuple[str, str, str]:
     return planted, f"\nWhat is {key}?<|end|>\n<|assistant|>\n", value
 
 
-@dataclass(frozen=True)
-class Plan:
-    form: str
-    kind: str
-    distance: int
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What to plant, and how far from its question."""
+
+    form: str  # code, prose or chat
+    kind: str  # of value: name or number
+    distance: int  # tokens, at least
     tries: int
-    together: int
+    together: int  # facts planted side by side
     seed: int
 
 
-def recall(subject: Subject, text: list[int], line_starts: list[int], plan: Plan) -> int:
+def recall(subject: Subject, text: list[int], line_starts: list[int], trial: Trial) -> int:
     """How many of the tries give back the planted value."""
-    chat = plan.form == "chat"
-    rng = random.Random(f"{plan.form} {plan.kind} {plan.distance} {plan.seed}")
+    chat = trial.form == "chat"
+    rng = random.Random(f"{trial.form} {trial.kind} {trial.distance} {trial.seed}")
 
     def line_after(place: int) -> int:
         return line_starts[bisect.bisect_left(line_starts, place)]
 
-    places = [start for start in line_starts if start + plan.distance + 1000 < len(text)]
+    places = [start for start in line_starts if start + trial.distance + 1000 < len(text)]
     right = 0
-    for _ in range(plan.tries // plan.together):
-        facts = [fact(rng, plan.form, plan.kind) for _ in range(plan.together)]
+    for _ in range(trial.tries // trial.together):
+        facts = [fact(rng, trial.form, trial.kind) for _ in range(trial.together)]
         at = rng.choice(places)
         middle = line_after(at + 32)
-        end = line_after(middle + plan.distance)
+        end = line_after(middle + trial.distance)
         opening = subject.encode("<|endoftext|><|user|>" if chat else "<|endoftext|>") + text[at:middle]
         planted = [token for line, _, _ in facts for token in subject.encode(line)]
         cache = DynamicCache(config=subject.model.config)
@@ -158,12 +160,25 @@ def recall(subject: Subject, text: list[int], line_starts: list[int], plan: Plan
     return right
 
 
+def show_samples(subject: Subject) -> list[dict[str, str]]:
+    """Greedy continuations of a few prompts, printed for a person to read."""
+    samples = []
+    for prompt in PROMPTS + [f"<|user|>\n{text}<|end|>\n<|assistant|>\n" for text in CHATS]:
+        cache = DynamicCache(config=subject.model.config)
+        answer = subject.answer(subject.encode("<|endoftext|>" + prompt), cache, 96)
+        samples.append({"prompt": prompt, "answer": answer})
+        print("-" * 60 + f"\n{prompt}\x1b[1m{answer}\x1b[0m")
+    return samples
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the embedded default model.")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="folder of the checkpoint")
     parser.add_argument("--out", type=Path, help="where to write (default: recall.json in --model)")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch decides)")
     parser.add_argument("--longest", type=int, default=16000, help="longest distance (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -173,7 +188,7 @@ def main() -> None:
     out = options.out or options.model / "recall.json"
     started = time.monotonic()
     subject = Subject(options.model, options.dtype)
-    _, held_out = read_texts()
+    _, held_out = read_sources()
     source = "".join(text for _, text in held_out)
     ids = subject.encode(source)
     starts = [index for index, token in enumerate(ids) if subject.tokenizer.decode([token])[:1] == "\n"]
@@ -196,12 +211,7 @@ def main() -> None:
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     print(json.dumps(report["held_out"]))
-    report["samples"] = []
-    for prompt in PROMPTS + [f"<|user|>\n{text}<|end|>\n<|assistant|>\n" for text in CHATS]:
-        cache = DynamicCache(config=subject.model.config)
-        answer = subject.answer(subject.encode("<|endoftext|>" + prompt), cache, 96)
-        report["samples"].append({"prompt": prompt, "answer": answer})
-        print("-" * 60 + f"\n{prompt}\x1b[1m{answer}\x1b[0m")
+    report["samples"] = show_samples(subject)
     save()
     print("distance | facts | " + " | ".join(f"{form} {kind}" for form, kind in KINDS))
     for distance, tries, together in TESTS:
@@ -209,8 +219,8 @@ def main() -> None:
             continue
         row: dict[str, Any] = {"distance": distance, "facts": together, "tries": tries}
         for form, kind in tqdm(KINDS, desc=f"recall at {distance}", leave=False):
-            plan = Plan(form, kind, distance, tries, together, options.seed)
-            row[f"{form} {kind}"] = recall(subject, ids, starts, plan)
+            trial = Trial(form, kind, distance, tries, together, options.seed)
+            row[f"{form} {kind}"] = recall(subject, ids, starts, trial)
         report["recall"].append(row)
         save()
         counts = " | ".join(f"{row[f'{form} {kind}']}/{tries}" for form, kind in KINDS)
