@@ -1,0 +1,380 @@
+"""Picks how a step's prompts are spread: which strategy, over how many ranks, or off. Pure: no torch.
+
+Off (plan "local") is always a candidate: a prompt on one rank, all of its dense work too, nothing sent. A table of
+predicted step times is computed once, for each candidate over new tokens, cached tokens and the number of prompts
+they belong to; a decision interpolates it. Prompts that share a step are characterised by what costs: the sums of new
+and cached tokens, and of visible (query, key) pairs, given as the number of equal prompts with as many pairs.
+On near ties off wins, then fewer ranks, then the earlier row of the table of strategies: a prediction is no better
+than its margin, and off cannot be slower than itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sp_backend.cost import Cost, ModelShape, PlanCost, Sizes
+from sp_backend.geometry import Geometry
+from sp_backend.layout import Kind, Layout
+from sp_backend.plan import Plan
+from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
+from sp_backend.topology import Floats, Machine
+
+OFF: Final = Variant("local")
+OFF_MARGIN: Final = 0.03  # a spread plan must be predicted to be faster by this
+TIE: Final = 0.01  # a variant is kept for what it gains over the others kept
+HIDDEN: Final = 0.03  # share of a step that communication may cost and be called hidden
+
+_NEW: Final = tuple(2**k for k in range(4, 21))  # new tokens of a step
+_CACHED_UNIT: Final = 256
+_CACHED: Final = tuple(_CACHED_UNIT * (2**k - 1) for k in range(0, 14))
+_PROMPTS: Final = (1, 4, 16, 64)
+_POINTS: Final = 300_000  # of the table, times ranks: above this its grid is coarser
+
+Batch = Sequence[tuple[int, int]]  # (new, cached) tokens of each prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    variant: Variant
+    degree: int  # ranks that share a prompt; 1: off
+    seconds: float  # predicted for the whole step
+    off_seconds: float | None  # the same, were it off; None: not among the candidates
+    exposed: float  # seconds of the step that communication costs
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A variant costed for one batch."""
+
+    variant: Variant
+    degree: int
+    plan: Plan
+    geometry: Geometry
+    cost: Cost
+
+
+def lay_out(layout: Layout, batch: Batch, page_size: int = 1) -> Geometry:
+    """Rows of each prompt in each chunk: prompts are given to groups of ranks, the largest first, each to the group
+    with the least work; new tokens are cut between pages, cached ones are even over the group's ranks.
+    """
+    size, groups = layout.group_size, layout.num_groups
+    rows: list[list[int]] = [[]] * len(batch)
+    for group, indices in enumerate(_assign(batch, groups)):
+        for i in indices:
+            new, cached = batch[i]
+            if layout.kind == "home":
+                chunks = [new if c == group * size else 0 for c in range(layout.num_new)]
+            else:
+                chunks = list(layout.cut_pages(new, page_size, group))
+            if layout.history != "none":
+                shares = [cached * (r + 1) // size - cached * r // size for r in range(size)]
+                before, after = group * size, (groups - 1 - group) * size
+                chunks += [0] * before + shares + [0] * after
+            rows[i] = chunks
+    return Geometry(rows)
+
+
+def _assign(batch: Batch, num_groups: int, dense_pairs: float = 0.0) -> list[list[int]]:
+    """Indices of the prompts of each group; dense_pairs: what a token's other work is worth in pairs."""
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    if num_groups == 1:
+        return [list(range(len(batch)))]
+    work = [new * (cached + new / 2 + dense_pairs) for new, cached in batch]
+    load = [0.0] * num_groups
+    for i in sorted(range(len(batch)), key=work.__getitem__, reverse=True):
+        least = load.index(min(load))
+        groups[least].append(i)
+        load[least] += work[i]
+    return groups
+
+
+class Planner:
+    """Made once for a machine and a model; `choose` for each step.
+
+    num_ranks: the SP size, at most the machine's ranks. layout: the server's. kind: of the chunks; None: each
+    strategy's default. candidates: None: every variant that fits. Raises ValueError where one does not.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        shape: ModelShape,
+        num_ranks: int,
+        *,
+        layout: Literal["tokens", "heads"] = "tokens",
+        kind: Kind | None = None,
+        causal: bool = True,
+        page_size: int = 16,
+        candidates: Sequence[Variant] | None = None,
+    ) -> None:
+        self.machine, self.shape, self.num_ranks = machine.first(num_ranks), shape, num_ranks
+        self._kind, self._causal, self._page_size = kind, causal, page_size
+        if candidates is None:
+            candidates = variants(num_ranks, shape.num_heads, layout) if num_ranks > 1 else []
+        spread = sorted((v for v in candidates if v != OFF), key=lambda v: v.degree or num_ranks)
+        self.candidates: list[Variant] = ([OFF] if layout == "tokens" else []) + spread
+        if not self.candidates:
+            raise ValueError("no candidates: give at least one variant for layout heads")
+        self._costs = {v: PlanCost(self._plan(v), self.machine, shape) for v in self.candidates}
+        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim
+        rates = self.machine.rates
+        self._dense_pairs = shape.dense_flops / attention * max(rates.kernel.full[-1]) / rates.dense_flops
+        self._table = self._tabulate()
+
+    @property
+    def winners(self) -> list[Variant]:
+        """The variants that choose() can return, off included: the plans that workers have to build."""
+        return list(self._table.variants)
+
+    @property
+    def degrees(self) -> list[int]:
+        """The degrees that degree_for() can return, and the number of ranks."""
+        return list(self._table.columns)
+
+    def choose(self, batch: Batch, degree: int | None = None) -> Choice:
+        """How to run a step of these (new, cached) prompts, or the best way over `degree` ranks where they have been
+        placed already. Takes some tens of microseconds.
+        """
+        table = self._table
+        if degree is not None and degree not in table.columns:
+            raise ValueError(f"degree is {degree}; this planner has {', '.join(map(str, table.columns))}")
+        found = self._seconds(batch)
+        best = min(
+            (d for d in found if degree in (None, d)),
+            key=lambda d: found[d].seconds * (1.0 if d == 1 else 1.0 + OFF_MARGIN),
+        )
+        off = found[1].seconds if 1 in found else None
+        return self._explained(batch, found[best], off)
+
+    def degree_for(self, new: int, cached: int) -> int:
+        """How many ranks should share one prompt that is alone; 1: it is best left on one."""
+        return self.choose([(new, cached)]).degree
+
+    def rank_candidates(self, batch: Batch, degree: int | None = None) -> list[Candidate]:
+        """Every candidate (of a degree) costed for the very batch, fastest first; slower than choose."""
+        found = []
+        for variant in self.candidates:
+            size = self._degree(variant)
+            if degree is None or size == degree:
+                plan = self._costs[variant].plan
+                geometry = lay_out(plan.layout, batch, self._page_size)
+                found.append(Candidate(variant, size, plan, geometry, self._costs[variant].cost(geometry)))
+        return sorted(found, key=lambda c: c.cost.step_seconds)
+
+    def _plan(self, variant: Variant) -> Plan:
+        return plan_for(
+            variant,
+            num_ranks=self.num_ranks,
+            num_heads=self.shape.num_heads,
+            num_kv_heads=self.shape.num_kv_heads,
+            causal=self._causal,
+            kind=self._kind if self._kind in STRATEGIES[variant.strategy].kinds else None,
+        )
+
+    def _degree(self, variant: Variant) -> int:
+        return 1 if variant == OFF else variant.degree or self.num_ranks
+
+    def _seconds(self, batch: Batch) -> dict[int, _Found]:
+        """The best variant of each degree."""
+        table = self._table
+        if len(batch) == 1:
+            new, cached = batch[0]
+            point = table.point(new, cached, 1.0)
+            return {d: table.best(point, columns) for d, columns in table.columns.items()}
+        found = {}
+        for d, columns in table.columns.items():
+            found[d] = table.best(table.point(*self._load(batch, self.num_ranks // d)), columns)
+        return found
+
+    def _load(self, batch: Batch, num_groups: int) -> tuple[float, float, float]:
+        """New tokens, cached tokens and equal prompts of the group with the most work."""
+        if num_groups > 1:
+            groups = _assign(batch, num_groups, self._dense_pairs)
+            parts = [[batch[i] for i in indices] for indices in groups if indices]
+            batch = max(parts, key=lambda part: sum(new * (old + new / 2 + self._dense_pairs) for new, old in part))
+        new = cached = 0
+        pairs = 0.0
+        for t, c in batch:
+            new += t
+            cached += c
+            pairs += t * (c + t / 2)
+        return new, cached, new * (cached + new / 2) / pairs if pairs else 1.0
+
+    # The table
+
+    def _tabulate(self) -> _Table:
+        """Variants that win nowhere are left out, and degrees at which no prompt that is alone would be placed."""
+        grid = _Grid.of(self.num_ranks)
+        sizes: dict[tuple[object, ...], Sizes] = {}
+        seconds, exposed = [], []
+        for cost in self._costs.values():
+            layout = cost.plan.layout
+            key = layout.kind, layout.history, layout.group_size
+            if key not in sizes:
+                sizes[key] = grid.sizes(layout, self._page_size)
+            times = cost.times(sizes[key])
+            seconds.append(times.step.reshape(grid.shape))
+            exposed.append((self.shape.num_layers * times.exposed).reshape(grid.shape))
+        degrees = np.array([self._degree(v) for v in self.candidates])
+        step = np.stack(seconds, -1)
+        alone = step[:, :, 0] * np.where(degrees == 1, 1.0, 1.0 + OFF_MARGIN)
+        useful = {*degrees[np.unique(alone.argmin(-1))].tolist(), 1, self.num_ranks}
+        kept = [i for d in sorted(useful) for i in _cover(step, np.flatnonzero(degrees == d))]
+        columns: dict[int, list[int]] = {}
+        for column, i in enumerate(kept):
+            columns.setdefault(int(degrees[i]), []).append(column)
+        return _Table(
+            grid, [self.candidates[i] for i in kept], columns, step[..., kept], np.stack(exposed, -1)[..., kept]
+        )
+
+    def _explained(self, batch: Batch, found: _Found, off: float | None) -> Choice:
+        degree = self._degree(found.variant)
+        if found.variant == OFF:
+            reason = f"off: {_milliseconds(found.seconds)} on one rank a prompt, and sharing one gains less than "
+            reason += f"{OFF_MARGIN:.0%}"
+        else:
+            shape = self.shape
+            new, total = sum(t for t, _ in batch), sum(t + c for t, c in batch)
+            q = new * shape.num_heads * (2 * shape.head_dim * shape.itemsize + 4)
+            kv = total * 2 * shape.num_kv_heads * shape.head_dim * shape.itemsize
+            share = found.exposed / found.seconds
+            waits = "communication hidden" if share < HIDDEN else f"{share:.0%} of it waits for communication"
+            reason = f"{found.variant}: {_milliseconds(found.seconds)}; Q and state are {_megabytes(q)}, KV "
+            reason += f"{_megabytes(kv)} a layer; {waits}"
+            if found.second is not None:
+                reason += f"; {found.second_seconds / found.seconds:.2f}x over {found.second}"
+            if off is not None:
+                reason += f"; {off / found.seconds:.2f}x over off"
+        return Choice(found.variant, degree, found.seconds, off, found.exposed, reason)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def _megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.3g} MB"
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """Axes of the table, each even in its coordinate: log2(new), log2(1 + cached / 256), log2(prompts)."""
+
+    new: tuple[int, ...]
+    cached: tuple[int, ...]
+    prompts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, num_ranks: int) -> _Grid:
+        step = 1
+        while len(_NEW[::step]) * len(_CACHED[::step]) * len(_PROMPTS) * num_ranks**2 > _POINTS and step < 3:
+            step += 1
+        return cls(_NEW[::step], _CACHED[::step], _PROMPTS[:: 3 if step > 1 else 1])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.new), len(self.cached), len(self.prompts)
+
+    def sizes(self, layout: Layout, page_size: int) -> Sizes:
+        """Every point, with each group of ranks under the same load."""
+        rows, count = [], []
+        for new in self.new:
+            for cached in self.cached:
+                for prompts in self.prompts:
+                    rows.append([self._rows(layout, max(1, new // prompts), cached // prompts, page_size)])
+                    count.append([prompts])
+        return Sizes(np.array(rows, np.int64), np.array(count, np.int64))
+
+    @staticmethod
+    def _rows(layout: Layout, new: int, cached: int, page_size: int) -> list[int]:
+        geometry = lay_out(layout, [(new, cached)] * layout.num_groups, page_size)
+        return [int(n) for n in np.sum(geometry.rows, axis=0)]  # as if one prompt: masks keep groups apart
+
+    def place(self, new: float, cached: float, prompts: float) -> tuple[float, float, float]:
+        """Coordinates, in cells."""
+        return (
+            _cells(math.log2(max(new, 1)), math.log2(self.new[0]), math.log2(self.new[1])),
+            _cells(math.log2(1 + cached / _CACHED_UNIT), 0.0, math.log2(1 + self.cached[1] / _CACHED_UNIT)),
+            _cells(math.log2(max(prompts, 1)), 0.0, math.log2(self.prompts[1])),
+        )
+
+
+def _cells(value: float, first: float, second: float) -> float:
+    return max(0.0, (value - first) / (second - first))
+
+
+def _cover(seconds: Floats, columns: NDArray[np.intp]) -> list[int]:
+    """Those of some columns that together are within TIE of their best everywhere: the one that is near the best most
+    often, then the same for what is left.
+    """
+    if not len(columns):
+        return []
+    among = seconds[..., columns]
+    near = among <= among.min(-1, keepdims=True) * (1 + TIE)
+    left, kept = np.ones(near.shape[:-1], bool), []
+    while left.any():
+        best = int(near[left].sum(0).argmax())
+        kept.append(best)
+        left &= ~near[..., best]
+    return [int(columns[i]) for i in sorted(kept)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    variant: Variant
+    seconds: float
+    exposed: float
+    second: Variant | None  # the next best of the same degree
+    second_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """Interpolated at one point: logarithms of each variant's seconds, and how to get at what else is tabulated."""
+
+    logs: list[float]
+    weights: tuple[float, ...]
+    corner: tuple[slice, slice, slice]
+
+
+class _Table:
+    """Predictions [new, cached, prompts, variants]; columns: degree -> variants, as indices."""
+
+    def __init__(
+        self, grid: _Grid, kept: Sequence[Variant], columns: dict[int, list[int]], seconds: Floats, exposed: Floats
+    ) -> None:
+        self.variants, self.columns = list(kept), columns
+        self._grid, self._exposed = grid, exposed
+        self._logs = np.ascontiguousarray(np.log(seconds))
+
+    def point(self, new: float, cached: float, prompts: float) -> _Point:
+        """Logarithms of seconds are interpolated; beyond the table they go on as in its last cell."""
+        x, y, z = self._grid.place(new, cached, prompts)
+        nx, ny, nz = self._grid.shape
+        i, j, k = min(int(x), nx - 2), min(int(y), ny - 2), min(int(z), nz - 2)
+        x, y, z = x - i, y - j, z - k
+        a, b, c, d = (1 - x) * (1 - y), (1 - x) * y, x * (1 - y), x * y
+        weights = (a * (1 - z), a * z, b * (1 - z), b * z, c * (1 - z), c * z, d * (1 - z), d * z)
+        corner = slice(i, i + 2), slice(j, j + 2), slice(k, k + 2)
+        return _Point(np.dot(weights, self._logs[corner].reshape(8, -1)).tolist(), weights, corner)
+
+    def best(self, point: _Point, columns: list[int]) -> _Found:
+        """The fastest of some variants."""
+        logs = point.logs
+        best = min(columns, key=logs.__getitem__)
+        exposed = float(np.dot(point.weights, self._exposed[(*point.corner, best)].reshape(8)))
+        second = min((c for c in columns if c != best), key=logs.__getitem__, default=None)
+        return _Found(
+            self.variants[best],
+            math.exp(logs[best]),
+            max(0.0, exposed),
+            None if second is None else self.variants[second],
+            math.inf if second is None else math.exp(logs[second]),
+        )
