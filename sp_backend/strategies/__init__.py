@@ -13,7 +13,18 @@ from typing import Any, Literal
 from sp_backend.check import check
 from sp_backend.layout import History, Kind, Layout
 from sp_backend.plan import Plan, PlanError, prune, replicate
-from sp_backend.strategies import decode, local, ring_pass_kv, sharded_q, token_ring
+from sp_backend.strategies import (
+    all_gather_kv,
+    decode,
+    double_ring,
+    hamilton,
+    local,
+    ring_pass_kv,
+    ring_pass_q,
+    sharded_q,
+    token_ring,
+    ulysses,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +88,18 @@ SPREAD: tuple[Kind, ...] = ("zigzag", "contiguous")
 STRATEGIES: dict[str, Strategy] = {
     "ring_pass_kv": Strategy(ring_pass_kv.build_down, SPREAD, layout="tokens"),
     "ring_pass_kv_up": Strategy(ring_pass_kv.build_up, SPREAD, layout="tokens"),
+    "ring_pass_kv_both": Strategy(ring_pass_kv.build_both, SPREAD, layout="tokens"),
+    "ring_pass_q": Strategy(ring_pass_q.build, SPREAD, layout="tokens"),
     "token_ring": Strategy(token_ring.build, SPREAD, layout="tokens"),
+    "hamilton": Strategy(
+        hamilton.build, SPREAD, ("num_rings", "cycles", "ranks_per_node"), hamilton.ring_counts, layout="tokens"
+    ),
+    "all_gather_kv": Strategy(all_gather_kv.build, SPREAD, layout="tokens"),
+    "ulysses": Strategy(ulysses.build, SPREAD, useful=ulysses.fits, layout="tokens"),
+    "hybrid": Strategy(
+        ulysses.build_hybrid, SPREAD, ("ulysses_degree", "ring_inside"), ulysses.hybrids, layout="tokens"
+    ),
+    "double_ring": Strategy(double_ring.build, SPREAD, ("window_size",), double_ring.windows, layout="tokens"),
     "sharded_q": Strategy(sharded_q.build, ("heads",), layout="heads"),
     "decode": Strategy(decode.build, ("home", "heads")),
     "local": Strategy(local.build, ("home",), history="own"),

@@ -10,32 +10,25 @@ Downwards over 4 ranks (zigzag, no history; * is causal), as prune leaves it:
             q5: kv2 kv5*              q5: kv0
 Downwards, the back half of a block is dropped where it wraps around to rank P-1: 3/4 of the bytes of the new
 tokens under zigzag. Upwards nearly every block must go all the way round. History, which every query sees,
-saves nothing either way.
+saves nothing either way. Both ways at once, half of each block goes up and half down: half the bytes on a link
+that carries both directions at full speed.
 """
 
 from __future__ import annotations
 
-from sp_backend.layout import KV, Block, Layout, Q
-from sp_backend.plan import Plan, Round, Transfer, visible
+from sp_backend.layout import Layout
+from sp_backend.plan import Plan
+from sp_backend.strategies.rings import down, pass_kv, up
 
 
 def build_down(layout: Layout) -> Plan:
-    return _ring(layout, -1, "ring_pass_kv")
+    return Plan("ring_pass_kv", layout, tuple(pass_kv(layout, [down(layout.num_ranks)])))
 
 
 def build_up(layout: Layout) -> Plan:
-    return _ring(layout, +1, "ring_pass_kv_up")
+    return Plan("ring_pass_kv_up", layout, tuple(pass_kv(layout, [up(layout.num_ranks)])))
 
 
-def _ring(layout: Layout, step: int, name: str) -> Plan:
-    ranks, heads, rounds = layout.num_ranks, layout.all_heads, []
-    for t in range(ranks):
-        transfers, attends = [], []
-        for r in range(ranks):
-            q = [Block(Q, c, heads) for c in layout.q_of(r)]
-            kv = [Block(KV, c, heads) for c in layout.kv_of((r - step * t) % ranks)]
-            attends += visible(layout, r, q, kv)
-            if t < ranks - 1:
-                transfers += [Transfer(b, r, (r + step) % ranks) for b in kv]
-        rounds.append(Round(tuple(transfers), tuple(attends)))
-    return Plan(name, layout, tuple(rounds))
+def build_both(layout: Layout) -> Plan:
+    cycles = [up(layout.num_ranks), down(layout.num_ranks)]
+    return Plan("ring_pass_kv_both", layout, tuple(pass_kv(layout, cycles)))

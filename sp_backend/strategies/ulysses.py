@@ -1,0 +1,78 @@
+"""Ulysses and hybrid: ranks of a team trade chunks for heads, so that each has all of the team's tokens for its heads.
+
+ulysses: all ranks are one team: three rounds, no ring. hybrid: several teams, and KV goes around a ring of teams
+(unified sequence parallelism, arXiv 2405.07719). Teams are neighbours, or with ring_inside the rings are.
+Query heads are divided as evenly as they can be; KV heads are repeated only where two ranks read the same one.
+Cached tokens are traded as new ones are. Source: DeepSpeed-Ulysses (arXiv 2309.14509).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isqrt
+
+from sp_backend.layout import KV, STATE, Block, Heads, Layout, Q
+from sp_backend.plan import Plan, Round, Transfer
+from sp_backend.strategies.rings import down, pass_kv_of_teams
+
+
+def build(layout: Layout) -> Plan:
+    return Plan("ulysses", layout, _rounds(layout, [list(range(layout.num_ranks))]))
+
+
+def build_hybrid(layout: Layout, ulysses_degree: int | None = None, ring_inside: bool = False) -> Plan:
+    """ulysses_degree: ranks of a team; None: the divisor of the number of ranks nearest to its square root."""
+    ranks = layout.num_ranks
+    fit = [u for u in range(1, ranks + 1) if ranks % u == 0]
+    if ulysses_degree is None:
+        ulysses_degree = max(u for u in fit if u <= min(isqrt(ranks), layout.num_heads))
+    if ulysses_degree not in fit:
+        raise ValueError(
+            f"ulysses_degree (--sp-ulysses-degree): {ranks} ranks cannot be divided into teams of {ulysses_degree}; "
+            f"sizes that fit: {', '.join(map(str, fit))}"
+        )
+    num_teams = ranks // ulysses_degree
+    if ring_inside:
+        teams = [list(range(i, ranks, num_teams)) for i in range(num_teams)]
+    else:
+        teams = [list(range(i * ulysses_degree, (i + 1) * ulysses_degree)) for i in range(num_teams)]
+    return Plan("hybrid", layout, _rounds(layout, teams))
+
+
+def fits(num_ranks: int, num_heads: int) -> list[dict[str, int]]:
+    """Options of ulysses: it has none, but may not fit."""
+    return [{}] if num_ranks <= num_heads else []
+
+
+def hybrids(num_ranks: int, num_heads: int) -> Iterator[dict[str, int | bool]]:
+    """Options of hybrid that make neither a plain ring nor plain ulysses."""
+    for degree in range(2, num_ranks):
+        if num_ranks % degree == 0 and degree <= num_heads:
+            yield {"ulysses_degree": degree}
+            yield {"ulysses_degree": degree, "ring_inside": True}
+
+
+def _rounds(layout: Layout, teams: list[list[int]]) -> tuple[Round, ...]:
+    heads = _divide_heads(layout, len(teams[0]))
+    trade, back = [], []
+    for team in teams:
+        for r in team:
+            for slot, s in enumerate(team):
+                if s == r:
+                    continue
+                trade += [Transfer(Block(Q, c, heads[slot]), r, s) for c in layout.q_of(r)]
+                trade += [Transfer(Block(KV, c, heads[slot]), r, s) for c in layout.kv_of(r)]
+                back += [Transfer(Block(STATE, c, heads[slot]), s, r) for c in layout.q_of(r)]
+    ring = pass_kv_of_teams(layout, [down(len(teams))], teams, heads)
+    return Round(tuple(trade), ()), *ring, Round(tuple(back), ())
+
+
+def _divide_heads(layout: Layout, size: int) -> list[Heads]:
+    """Ranges of query heads for the ranks of a team, whose sizes differ by one at most."""
+    heads = layout.num_heads
+    if size > heads:
+        fit = [u for u in range(1, heads + 1) if layout.num_ranks % u == 0]
+        raise ValueError(
+            f"{size} ranks cannot share {heads} query heads: each needs one; sizes that fit: {', '.join(map(str, fit))}"
+        )
+    return [(heads * i // size, heads * (i + 1) // size) for i in range(size)]
