@@ -9,10 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup as ProcessGroup
 
 from sp_backend.transport import Message, Pending
+
+
+def process_group(group: ProcessGroup | None) -> ProcessGroup:
+    """The group itself, or the default one. Raises ValueError if this rank is in none."""
+    if not dist.is_initialized():
+        raise ValueError("group: call torch.distributed.init_process_group first, and start ranks with torchrun")
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(f"group is {group!r}: give a ProcessGroup that this rank is in, or None for the default one")
+    return group
 
 
 def sp_groups(world_size: int, sp_size: int) -> list[list[int]]:
@@ -25,11 +38,11 @@ def sp_groups(world_size: int, sp_size: int) -> list[list[int]]:
 class GlooTransport:
     """One rank's end of an SP group. Both process groups hold exactly that group's ranks, in order."""
 
-    def __init__(self, upward: dist.ProcessGroup, downward: dist.ProcessGroup, timeout: float) -> None:
+    def __init__(self, upward: ProcessGroup, downward: ProcessGroup, timeout: float) -> None:
         self._upward, self._downward = upward, downward
         self._timeout = timedelta(seconds=timeout)
-        self.rank = dist.get_rank(upward)
-        self.size = dist.get_world_size(upward)
+        self.rank = upward.rank()
+        self.size = upward.size()
 
     @classmethod
     def create(cls, world_size: int, sp_size: int, my_rank: int, timeout: float) -> GlooTransport:
@@ -42,10 +55,23 @@ class GlooTransport:
         assert mine is not None, f"rank {my_rank} is outside the world of {world_size}"
         return mine
 
+    @classmethod
+    def over(cls, group: ProcessGroup) -> GlooTransport:
+        """My end of a process group of any backend, with its ranks, their order and its world's time limit.
+
+        The group's ranks, and no others, must call this, which is why `new_group` will not do: it wants every rank of
+        the world, or else equal numbers of groups on all ranks of this one.
+        """
+        store: Any = dist.distributed_c10d._get_default_store()  # Any: its stub lacks the time limit
+        name = f"sp_backend/{group.group_name}"
+        use = (store.add(f"{name}/uses", 1) - 1) // group.size()  # a name is good for one meeting
+        up, down = (_gloo_group(f"{name}/{use}/{way}", store, group.rank(), group.size()) for way in ("up", "down"))
+        return cls(up, down, store.timeout.total_seconds())
+
     def exchange(self, receives: Sequence[Message], sends: Iterable[Message]) -> tuple[list[Pending], list[Pending]]:
         receiving: list[Pending] = [
             _GlooPending(
-                dist.irecv(m.data, group=self._group(m.peer, self.rank), group_src=m.peer),
+                self._group(m.peer, self.rank).recv([m.data], m.peer, 0),
                 f"rank {self.rank}: nothing came from rank {m.peer}",
                 self._timeout,
             )
@@ -53,7 +79,7 @@ class GlooTransport:
         ]
         sending: list[Pending] = [
             _GlooPending(
-                dist.isend(m.data, group=self._group(self.rank, m.peer), group_dst=m.peer),
+                self._group(self.rank, m.peer).send([m.data], m.peer, 0),
                 f"rank {self.rank}: rank {m.peer} took nothing",
                 self._timeout,
             )
@@ -61,13 +87,21 @@ class GlooTransport:
         ]
         return receiving, sending
 
-    def _group(self, src: int, dst: int) -> dist.ProcessGroup:
+    def _group(self, src: int, dst: int) -> ProcessGroup:
         return self._upward if src < dst else self._downward
 
 
+def _gloo_group(name: str, store: Any, rank: int, size: int) -> ProcessGroup:
+    """A process group that meets under a name in the store."""
+    meeting = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    group = ProcessGroup(meeting, rank, size)
+    backend = dist.ProcessGroupGloo(meeting, rank, size, store.timeout)
+    group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, backend)
+    return group
+
+
 class _GlooPending:
-    def __init__(self, work: dist.Work | None, failure: str, timeout: timedelta) -> None:
-        assert work is not None, "a message to a rank outside the group"
+    def __init__(self, work: dist.Work, failure: str, timeout: timedelta) -> None:
         self._work: dist.Work | None = work
         self._failure, self._timeout = failure, timeout
 

@@ -1,4 +1,4 @@
-"""What the decoder's tests put in the place of sequence parallelism and of process groups."""
+"""Attention without sequence parallelism, to compare with; what the decoder's tests put in the place of groups."""
 
 from __future__ import annotations
 
@@ -69,3 +69,20 @@ class LockstepCollectives:
         pieces = self._group.exchange(self._rank, tensor)
         assert [piece.shape[-1] for piece in pieces] == list(sizes)
         return torch.cat(pieces, dim=-1)
+
+
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One sequence in fp64: out [queries, heads, head_dim] and lse [queries, heads].
+
+    Causal: the last query sees all keys, so that keys before the first query are history.
+    """
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))  # [heads, rows, head_dim]
+    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+    scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(k.shape[1] - q.shape[1] + 1)
+        scores = scores.masked_fill_(hidden, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp_() @ v).transpose(0, 1), lse.T

@@ -1,0 +1,271 @@
+"""The library's functions on real ranks: every format, strategy and kind of batch against attention in fp64."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import sp_backend
+from sp_backend import functional
+from sp_backend.strategies import STRATEGIES, Options
+from tests.ranks import run_on_ranks
+from tests.sp_backend.dense import full_attention
+
+WORLD = 4  # one pool of processes for all tests
+RAGGED = (37, 1, 3, 0, 12)
+STRATEGY_NAMES = [name for name, strategy in STRATEGIES.items() if strategy.layout == "tokens"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of random sequences; some of their keys are cached, spread unevenly over the ranks."""
+
+    lengths: tuple[int, ...] = RAGGED
+    cached: tuple[int, ...] = ()
+    heads: tuple[int, int] = (12, 4)
+    head_dim: int = 8
+    dtype: torch.dtype = torch.float32
+    input_format: str = "TND"
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """q, k and v of each sequence, its cached keys first: [tokens, heads, head_dim]."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(lengths: Sequence[int], heads: int) -> list[Tensor]:
+            return [torch.randn(n, heads, self.head_dim, generator=generator).to(self.dtype) for n in lengths]
+
+        num_heads, num_kv_heads = self.heads
+        keys = [n + c for n, c in zip(self.lengths, self.history_sizes, strict=True)]
+        return normal(self.lengths, num_heads), normal(keys, num_kv_heads), normal(keys, num_kv_heads)
+
+    @property
+    def history_sizes(self) -> tuple[int, ...]:
+        return self.cached or (0,) * len(self.lengths)
+
+    def formatted(self, sequences: Sequence[Tensor]) -> Tensor:
+        """New tokens of all sequences, [tokens, heads, ...] each, in the input format."""
+        if self.input_format == "TND":
+            return torch.cat(list(sequences))
+        x = torch.stack(list(sequences), dim=self.input_format.index("B"))
+        return x.flatten(2) if self.input_format.endswith("H") else x
+
+    def expected(self) -> tuple[Tensor, Tensor]:
+        """out and lse of full attention, in the input format."""
+        options = {name: self.arguments[name] for name in ("causal", "scale") if name in self.arguments}
+        pairs = [full_attention(*qkv, **options) for qkv in zip(*self.tensors(), strict=True)]
+        lse = [lse for _, lse in pairs]
+        if self.input_format == "TND":
+            return self.formatted([out for out, _ in pairs]), torch.cat(lse)
+        return self.formatted([out for out, _ in pairs]), torch.stack(lse, self.input_format.index("B"))
+
+
+def attend(rank: int, size: int, num_ranks: int, cases: list[Case]) -> list[tuple[Tensor, Tensor]]:
+    """out and lse of each case, put together again on each rank of a group of the first ranks."""
+    group = dist.new_group(list(range(num_ranks)))
+    return [attend_case(case, group, rank, num_ranks) for case in cases] if rank < num_ranks else []
+
+
+def attend_case(case: Case, group: dist.ProcessGroup, rank: int, num_ranks: int) -> tuple[Tensor, Tensor]:
+    sequences, keys, values = case.tensors()
+    new = [
+        sequences,
+        [x[c:] for x, c in zip(keys, case.history_sizes, strict=True)],
+        [x[c:] for x, c in zip(values, case.history_sizes, strict=True)],
+    ]
+    lengths = case.lengths if case.input_format == "TND" else case.lengths[0]
+    where = {"group": group, "input_format": case.input_format, "layout": case.arguments.get("layout", "zigzag")}
+    q, k, v = (sp_backend.shard(case.formatted(x), lengths, **where) for x in new)
+    arguments = case.arguments | where | {"lengths": lengths, "return_lse": True}
+    if case.input_format.endswith("H"):
+        arguments["num_heads"] = case.heads[0]
+    if case.cached:
+        arguments["history"] = history_of(rank, num_ranks, keys, values, case.cached)
+    out, lse = sp_backend.attention(q, k, v, **arguments)
+    assert (out.dtype, lse.dtype) == (case.dtype, torch.float32) and out.is_contiguous()
+    return sp_backend.unshard(out, lengths, **where), sp_backend.unshard(lse, lengths, **where)
+
+
+def history_of(
+    rank: int, num_ranks: int, keys: list[Tensor], values: list[Tensor], cached: tuple[int, ...]
+) -> sp_backend.History:
+    owners = [torch.arange(n) ** 2 % (s + 3) % num_ranks for s, n in enumerate(cached)]
+    k, v = (
+        torch.cat([x[:n][owner == rank] for x, n, owner in zip(xs, cached, owners, strict=True)])
+        for xs in (keys, values)
+    )
+    return sp_backend.History(k, v, [owner.bincount(minlength=num_ranks).tolist() for owner in owners])
+
+
+def check(num_ranks: int, cases: list[Case], tolerance: float = 1e-5) -> None:
+    """Every rank's result of each case is full attention's."""
+    by_rank = run_on_ranks(WORLD, attend, num_ranks, cases)[:num_ranks]
+    for i, case in enumerate(cases):
+        for got, want in zip(by_rank[0][i], case.expected(), strict=True):
+            error = float((got - want).abs().max())
+            assert error <= tolerance, f"{case}: {error}"
+        for results in by_rank[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[i], by_rank[0][i], strict=True)), case
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_every_strategy_on_ragged_batches_with_history(num_ranks: int) -> None:
+    check(
+        num_ranks,
+        [
+            Case(cached=(20, 0, 50, 7, 1), arguments={"strategy": name, "layout": layout, "causal": causal})
+            for name in STRATEGY_NAMES
+            for layout in ("zigzag", "contiguous")
+            for causal in (True, False)
+        ],
+    )
+
+
+@pytest.mark.parametrize("input_format", ["TND", "BSND", "SBND", "BSH", "SBH"])
+def test_every_format_with_lengths_that_no_number_of_ranks_divides(input_format: str) -> None:
+    for heads in ((6, 2), (4, 4), (4, 1)):
+        cases = [Case((n,) * 3, heads=heads, input_format=input_format) for n in (29, 5, 1)]
+        check(3, cases)
+        check(2, cases[:1])
+
+
+def test_vision_segments_see_all_of_their_own_segment() -> None:
+    check(2, [Case((1024,) * 62, heads=(1, 1), arguments={"causal": False, "layout": "contiguous"})])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_half_precision_follows_fp64_within_its_rounding(dtype: torch.dtype, tolerance: float) -> None:
+    check(3, [Case((70, 9), (30, 0), head_dim=16, dtype=dtype)], tolerance)
+
+
+def test_scale_is_that_of_the_scores() -> None:
+    check(2, [Case(arguments={"scale": 0.125})])
+
+
+def attend_in_reversed_group(rank: int, size: int) -> Tensor | None:
+    group = dist.new_group([2, 0, 1], sort_ranks=False)
+    return attend_case(Case(), group, group.rank(), 3)[0] if rank < 3 else None
+
+
+def test_a_group_keeps_its_own_order_of_ranks() -> None:
+    outs = run_on_ranks(WORLD, attend_in_reversed_group)
+    assert all(torch.equal(out, outs[0]) for out in outs[:3])
+    torch.testing.assert_close(outs[0].double(), Case().expected()[0], atol=1e-5, rtol=1e-5)
+
+
+def attend_twice(rank: int, size: int) -> tuple[int, int]:
+    """Groups kept before, and after a group has been used twice and destroyed."""
+    before = len(functional._RANKS)
+    group = dist.new_group([0, 1])
+    if rank < 2:
+        first, second = (attend_case(Case(), group, rank, 2)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        ranks = functional._RANKS[group]
+        assert ranks.prepare.cache_info().misses == len(ranks._executors) == 1
+        dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return before, len(functional._RANKS)
+
+
+def test_plans_are_kept_as_long_as_their_group() -> None:
+    for before, after in run_on_ranks(WORLD, attend_twice):
+        assert after == before
+
+
+def shards_of_ids(rank: int, size: int) -> list[Tensor]:
+    ids = torch.arange(11)
+    both = sp_backend.shard(ids, (7, 4))
+    batch = sp_backend.shard(torch.stack((ids, ids + 100)), 11, layout="contiguous", input_format="BSND")
+    assert torch.equal(sp_backend.unshard(both, (7, 4)), ids)
+    return [
+        both,
+        batch,
+        sp_backend.position_ids((7, 4), start=(0, 50)),
+        sp_backend.position_ids(11, layout="contiguous"),
+    ]
+
+
+def test_rows_go_sequence_by_sequence_and_by_position_in_each() -> None:
+    zigzag, batch, positions, batch_positions = run_on_ranks(WORLD, shards_of_ids)[1]
+    assert zigzag.tolist() == [0, 5, 7]
+    assert positions.tolist() == [0, 5, 50]
+    assert batch.tolist() == [[2, 3, 4], [102, 103, 104]]
+    assert batch_positions.tolist() == [2, 3, 4]
+
+
+def zeros(*shape: int, **options: Any) -> Tensor:
+    return torch.zeros(*shape, **options)
+
+
+HALF = {"q": zeros(5, 4, 8), "k": zeros(5, 2, 8), "v": zeros(5, 2, 8), "lengths": 10}  # of a sequence, for 2 ranks
+REFUSED: dict[str, dict[str, Any]] = {  # what the message says: what is passed in place of HALF's, or beside it
+    "strategy is 'rign'.*ring_pass_kv": {"strategy": "rign"},
+    "strategy is 'sharded_q'": {"strategy": "sharded_q"},
+    "window_size .*not an option of strategy ring_pass_kv": {"options": Options(window_size=2)},
+    "layout is 'home'.*zigzag": {"layout": "home"},
+    "input_format is 'THD'.*TND": {"input_format": "THD"},
+    "rank . has 5 tokens in all.*give it 10.*shard": {"lengths": (10, 10)},
+    "lengths is 'ten'": {"lengths": "ten"},
+    r"lengths is \[10, -1\]": {"lengths": [10, -1]},
+    "lengths is .*one length for all": {"q": zeros(2, 5, 4, 8), "lengths": (9, 10), "input_format": "BSND"},
+    "q of shape .* input_format SBND": {"input_format": "SBND"},
+    "num_heads is None: input_format BSH": {"input_format": "BSH"},
+    "num_heads: .*leave it out": {"num_heads": 4},
+    "q is torch.float64: convert": {"q": zeros(5, 4, 8, dtype=torch.float64)},
+    "k is torch.bfloat16 and q torch.float32": {"k": zeros(5, 2, 8, dtype=torch.bfloat16)},
+    "q is on meta": {"q": zeros(5, 4, 8, device="meta")},
+    "q requires a gradient": {"q": zeros(5, 4, 8, requires_grad=True)},
+    "k has shape .* and v": {"v": zeros(5, 1, 8)},
+    "k has shape .* and q .*head_dim": {"q": zeros(5, 4, 16)},
+    "k has 2 heads: give a divisor of the 3": {"q": zeros(5, 3, 8)},
+    "head_dim must be even": dict.fromkeys("qkv", zeros(5, 2, 7)),
+    "history's lengths: give 1 sequences of 2 ranks": {"history": (zeros(3, 2, 8), zeros(3, 2, 8), [[3]])},
+    "history's k is .*must be": {"history": (zeros(2, 2, 8), zeros(2, 2, 8), [[3, 4]])},
+    "group is 'mine'": {"group": "mine"},
+}
+DIFFERENT: dict[str, list[dict[str, Any]]] = {  # what the message says: what each rank passes
+    "causal: ranks . and . differ": [{"causal": True}, {"causal": False}],
+    "strategy: ranks . and . differ": [{"strategy": "ring_pass_kv"}, {"strategy": "token_ring"}],
+    "lengths: ranks . and . differ": [{"lengths": (10, 0)}, {"lengths": (0, 10)}],
+}
+
+
+def refusals(rank: int, size: int) -> list[str]:
+    """The message of each refused call; afterwards the group still works."""
+    group = dist.new_group([0, 1])
+    if rank > 1:
+        return []
+    messages = []
+    for changes in [*REFUSED.values(), *(by_rank[rank] for by_rank in DIFFERENT.values())]:
+        with pytest.raises(ValueError) as refusal:
+            sp_backend.attention(**{"group": group} | HALF | changes)
+        messages.append(str(refusal.value))
+    attend_case(Case(), group, rank, 2)
+    return messages
+
+
+def test_what_does_not_fit_is_refused_by_name_on_every_rank() -> None:
+    for messages in run_on_ranks(WORLD, refusals)[:2]:
+        for pattern, message in zip([*REFUSED, *DIFFERENT], messages, strict=True):
+            assert re.search(pattern, message), f"{message!r} does not say {pattern!r}"
+
+
+def test_without_torch_distributed_it_says_what_to_call() -> None:
+    x = torch.zeros(1, 2, 8)
+    with pytest.raises(ValueError, match="init_process_group"):
+        sp_backend.attention(x, x, x, lengths=1)
+
+
+def test_the_package_gives_the_names_that_it_lists_and_no_others() -> None:
+    assert all(callable(getattr(sp_backend, name)) for name in sp_backend.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'atention'"):
+        sp_backend.atention  # noqa: B018
