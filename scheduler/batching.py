@@ -18,9 +18,10 @@ from typing import Literal
 
 from scheduler.config import SchedulerConfig
 from scheduler.placement import Placement
+from scheduler.plans import PlanChoice, PlanChooser, StepPlanner
 from scheduler.prefill import PrefillLanes
 from scheduler.prefill_time import PrefillTime
-from scheduler.request import FinishReason, GeneratedToken, GenerateRequest, Output
+from scheduler.request import FinishReason, GeneratedToken, GenerateRequest, Output, StepReport
 from scheduler.sequence import Chunk, Sequence
 from sp_backend.commands import SampledToken
 from sp_backend.config import BackendConfig
@@ -35,10 +36,21 @@ class PlannedStep:
     tokens: float = 0.0  # of the busiest rank, for the prediction of prefill times
     pairs: float = 0.0
     num_cached: int = 0  # tokens of its new sequences found in the prefix cache
+    choices: tuple[PlanChoice, ...] = ()  # one for each plan that it runs
 
     @property
     def num_new(self) -> int:
         return sum(chunk.num_new for chunk in self.chunks)
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        """None where another plan runs beside the predicted one."""
+        return self.choices[0].seconds if len(self.choices) == 1 else None
+
+    @property
+    def plan(self) -> str:
+        """The plans that run side by side, joined by +."""
+        return "+".join(choice.plan for choice in self.choices)
 
 
 @dataclass(slots=True)
@@ -56,10 +68,13 @@ def failed(request_id: str, error: str) -> Output:
 
 
 class Batcher:
-    def __init__(self, config: SchedulerConfig, backend: BackendConfig, pages_per_rank: int) -> None:
-        self.placement = Placement(backend, pages_per_rank, config.sp_threshold, config.prefix_cache)
+    def __init__(
+        self, config: SchedulerConfig, backend: BackendConfig, pages_per_rank: int, planner: StepPlanner | None = None
+    ) -> None:
+        self._plans = PlanChooser(backend, config.sp_threshold, planner)
+        self.placement = Placement(backend, pages_per_rank, self._plans, config.prefix_cache)
         self.prefill_time = PrefillTime()
-        self.lanes = PrefillLanes(config, self.placement, self.prefill_time)
+        self.lanes = PrefillLanes(config, self.placement, self._plans, self.prefill_time)
         self.running: list[Sequence] = []
         self.counters = Counters()
         self.max_length = min(backend.context_length, self.placement.capacity)
@@ -108,27 +123,45 @@ class Batcher:
                 draft = self.lanes.select(self.running)
                 if draft.chunks:
                     self._decode_next = True
-                    return PlannedStep("prefill", draft.chunks, max(draft.tokens), max(draft.pairs), draft.num_cached)
+                    tokens, pairs = max(draft.tokens), max(draft.pairs)
+                    chunks, choices = self._plans.assign(draft.chunks)
+                    return PlannedStep("prefill", chunks, tokens, pairs, draft.num_cached, choices)
             self._decode_next = False
             # prompts are admitted with room for all of them: without streams, who take more, one can always go on
             assert self.running, "somebody can go on"
-            chunks = self._decode()
-            if chunks:
-                return PlannedStep("decode", chunks)
+            if decoded := self._decode():
+                chunks, choices = self._plans.assign(decoded)
+                return PlannedStep("decode", chunks, choices=choices)
         return None
 
-    def complete(self, step: PlannedStep, sampled: Mapping[int, SampledToken]) -> list[Output]:
-        """The workers have run the step: what its requests are told."""
+    def complete(self, step: PlannedStep, sampled: Mapping[int, SampledToken], seconds: float) -> list[Output]:
+        """The workers have run the step in `seconds`: what its requests are told."""
         self.counters.num_steps[step.kind] += 1
         outputs = []
         for chunk in step.chunks:
             self.placement.computed(chunk)
+            if chunk.sequence.request.explain:
+                self._report(step, chunk, seconds)
             if chunk.samples:
                 if step.kind == "prefill":
                     self.lanes.remove(chunk.sequence)
                     self.running.append(chunk.sequence)
                 outputs.append(self._advance(chunk.sequence, sampled[chunk.sequence.id]))
         return outputs
+
+    def _report(self, step: PlannedStep, chunk: Chunk, seconds: float) -> None:
+        choice = next(choice for choice in step.choices if choice.plan == chunk.plan)
+        report = StepReport(
+            kind=step.kind,
+            plan=choice.plan,
+            reason=choice.reason,
+            num_new=chunk.num_new,
+            num_cached=chunk.start,
+            batch_tokens=step.num_new,
+            predicted_seconds=choice.seconds,
+            measured_seconds=seconds,
+        )
+        chunk.sequence.reports.append(report)
 
     def _decode(self) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -175,7 +208,8 @@ class Batcher:
         token = GeneratedToken(sampled.token, sampled.logprob, sampled.top)
         if len(sequence.tokens) >= sequence.max_length:
             return self._finish(sequence, FinishReason.LENGTH, tokens=[token])
-        return Output(request.request_id, [token], cached_tokens=sequence.cached_tokens)
+        steps = sequence.take_reports()
+        return Output(request.request_id, [token], cached_tokens=sequence.cached_tokens, steps=steps)
 
     def _finish(
         self,
@@ -187,7 +221,14 @@ class Batcher:
         self._leave(sequence)
         del self._live[sequence.request.request_id]
         self.counters.num_finished[reason.value] += 1
-        return Output(sequence.request.request_id, tokens or [], reason, stop_token, sequence.cached_tokens)
+        return Output(
+            sequence.request.request_id,
+            tokens or [],
+            reason,
+            stop_token,
+            sequence.cached_tokens,
+            steps=sequence.take_reports(),
+        )
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of the batch: its pages go back."""

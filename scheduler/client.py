@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
+from scheduler.plans import StepPlanner
 from scheduler.request import Draining, GenerateRequest, Output, QueueFull, Refused, RequestTooLong, Unavailable
 from scheduler.stats import Stats
 from scheduler.worker_pool import Workers
@@ -26,8 +27,9 @@ class Client:
         backend: BackendConfig,
         workers: Workers,
         pages_per_rank: int,
+        planner: StepPlanner | None = None,
     ) -> None:
-        self._controller = Controller(config, backend, workers, pages_per_rank, self._hand_over)
+        self._controller = Controller(config, backend, workers, pages_per_rank, self._hand_over, planner=planner)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, asyncio.Queue[Output]] = {}  # of requests that have not ended
         self._empty = asyncio.Event()

@@ -12,11 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 
 from scheduler.batching import Batcher, PlannedStep, failed
 from scheduler.config import SchedulerConfig
+from scheduler.plans import StepPlanner
 from scheduler.request import Draining, GenerateRequest, Output, QueueFull, RequestTooLong, Unavailable
-from scheduler.stats import RankStats, Stats, StepLog
+from scheduler.stats import LastChoice, PlanStats, RankStats, Stats, StepLog
 from scheduler.steps import steps_of
 from scheduler.worker_pool import WorkerFailed, Workers
 from sp_backend.commands import StepResult
@@ -38,8 +40,9 @@ class Controller:
         pages_per_rank: int,
         on_outputs: Callable[[list[Output]], None],
         clock: Callable[[], float] = time.monotonic,
+        planner: StepPlanner | None = None,
     ) -> None:
-        self.batcher = Batcher(config, backend, pages_per_rank)
+        self.batcher = Batcher(config, backend, pages_per_rank, planner)
         self._config = config
         self._backend = backend
         self._workers = workers
@@ -57,6 +60,8 @@ class Controller:
         self._step_id = 0
         self._results: list[StepResult] = []  # of the last step
         self._busy_seconds = [0.0] * backend.world_size
+        self._plans: dict[str, PlanStats] = {}
+        self._last_choice: LastChoice | None = None
         self._log = StepLog(config.decode_log_interval, clock())
 
     # Any thread
@@ -127,6 +132,8 @@ class Controller:
             num_retractions=counters.num_retractions,
             num_steps=dict(counters.num_steps),
             capacity_tokens=self.batcher.max_length,
+            plans={plan: copy(stats) for plan, stats in self._plans.copy().items()},
+            last_choice=self._last_choice,
         )
 
     # The controller's thread
@@ -186,10 +193,12 @@ class Controller:
         self._results = results
         for result in results:
             self._busy_seconds[result.rank] += result.seconds
+        seconds = self._clock() - began
         if planned.kind == "prefill":
-            self.batcher.prefill_time.observe(planned.tokens, planned.pairs, self._clock() - began)
+            self.batcher.prefill_time.observe(planned.tokens, planned.pairs, seconds)
+        self._count(planned, seconds)
         sampled = {token.request_id: token for result in results for token in result.tokens}
-        outputs = self.batcher.complete(planned, sampled)
+        outputs = self.batcher.complete(planned, sampled, seconds)
         self._emit(outputs)
         self._log_step(planned, len(outputs))
 
@@ -205,6 +214,18 @@ class Controller:
                     f"{self._config.watchdog_timeout:g} s"
                 )
         return None
+
+    def _count(self, planned: PlannedStep, seconds: float) -> None:
+        stats = self._plans.setdefault(planned.plan, PlanStats())
+        stats.num_steps += 1
+        stats.num_tokens += planned.num_new
+        stats.seconds += seconds
+        predicted = planned.predicted_seconds
+        if predicted is not None:
+            stats.predicted_seconds += predicted
+            stats.measured_seconds += seconds
+            self._last_choice = LastChoice(planned.plan, planned.choices[0].reason, predicted, seconds)
+        self._log.plan(planned.kind, planned.num_new, planned.choices, seconds)
 
     def _emit(self, outputs: list[Output]) -> None:
         if outputs:

@@ -1,40 +1,37 @@
 """Where a sequence's tokens live: on one rank (home) or over all (spread). Takes and returns its pages.
 
-A prompt with few new tokens whose cached prefix lies on one rank is at home there and needs no communication; a
-longer one is cut over the ranks by the layout. When a rank that should take pages has none left, they go to the rank
-with the most room under the plan "decode", which works wherever the history lies: so a request that fits the sum of
-all ranks is never stuck behind one of them. Layout heads has no home prompts: every rank computes a part of the heads
-of every token, whatever the rank of its page.
+A request's home is a run of ranks that share its new tokens. A prompt with few of them whose cached prefix lies on one
+rank is at home there and needs no communication; a longer one is cut by the layout over a group of ranks, or all. When
+a rank that should take pages has none left, they go to the rank with the most room under the plan "decode", which
+works wherever the history lies: so a request that fits the sum of all ranks is never stuck behind one of them. In
+layout heads every rank computes a part of the heads of every token, whatever the rank of its page.
 """
 
 from __future__ import annotations
 
 from scheduler.page_pool import PagePool
+from scheduler.plans import DECODE, LOCAL, PlanChooser
 from scheduler.prefix_cache import Node, PrefixCache
 from scheduler.sequence import Chunk, Sequence
 from sp_backend.config import BackendConfig
 from sp_backend.layout import Layout
 
-LOCAL = "local"
-DECODE = "decode"
-SPREAD = -1
+SPREAD_TREE = -1  # of the prefix cache
 
 
 class Placement:
     def __init__(
-        self, backend: BackendConfig, pages_per_rank: int, sp_threshold: int, prefix_cache: bool = True
+        self, backend: BackendConfig, pages_per_rank: int, plans: PlanChooser, prefix_cache: bool = True
     ) -> None:
         self.page_size = backend.page_size
         self.num_ranks = backend.sp_size
         self.heads = backend.layout == "heads" and backend.sp_size > 1
         self.pool = PagePool(backend.sp_size, pages_per_rank)
         self.cache = PrefixCache(self.pool, backend.page_size)
-        self._strategy = backend.strategy
-        self._sp_threshold = sp_threshold
+        self._plans = plans
         self._prefix_cache = prefix_cache
-        # which pages go to which rank does not depend on the number of heads
-        self.layout = Layout(backend.sp_size, "heads" if self.heads else "zigzag", backend.sp_size, 1)
-        self.num_home = [0] * backend.sp_size  # live sequences at home on each rank
+        self.all_ranks = range(backend.sp_size)
+        self.num_home = [0] * backend.sp_size  # live sequences that are at home on each rank alone
 
     @property
     def capacity(self) -> int:
@@ -55,14 +52,14 @@ class Placement:
         if not self._prefix_cache:
             return []
         most = (len(sequence.tokens) - 1) // self.page_size
-        short = len(sequence.tokens) < self._sp_threshold
+        short = self._plans.is_short(len(sequence.tokens))
         busy = 2 * min(self.num_home) + 3
         best: list[Node] = []
         for rank in sorted(range(self.num_ranks), key=self.num_home.__getitem__):
             if not (short and self.num_home[rank] > busy):
                 path = self.cache.match(self.cache.roots[rank], sequence.tokens, most)
                 best = max(best, path, key=len)
-        return max(best, self.cache.match(self.cache.roots[SPREAD], sequence.tokens, most), key=len)
+        return max(best, self.cache.match(self.cache.roots[SPREAD_TREE], sequence.tokens, most), key=len)
 
     def admit(self, sequence: Sequence, path: list[Node], spare: int, load: list[float]) -> bool:
         """Gives a sequence its cached pages and a home, if all the pages it then needs are there beyond `spare`.
@@ -82,39 +79,57 @@ class Placement:
         sequence.num_computed = len(path) * self.page_size
         sequence.num_cached = len(path)
         sequence.home = self._choose_home(sequence, needed, load)
-        sequence.node = path[-1] if path else self.cache.roots[sequence.home]
-        if sequence.home != SPREAD:
-            self.num_home[sequence.home] += 1
+        home = sequence.home
+        tree = home.start if len(home) == 1 else SPREAD_TREE
+        sequence.node = path[-1] if path else self.cache.roots[tree]
+        if len(home) == 1:
+            self.num_home[home.start] += 1
         return True
 
-    def _choose_home(self, sequence: Sequence, needed: int, load: list[float]) -> int:
-        if self.num_ranks == 1:
-            return 0
-        if self.heads or sequence.num_remaining >= self._sp_threshold:
-            return SPREAD
-        if sequence.pages and sequence.lies_on(sequence.owners[0]):
-            return sequence.owners[0]
-        roomy = [r for r in range(self.num_ranks) if self.pool.available(r) >= needed]
+    def _choose_home(self, sequence: Sequence, needed: int, load: list[float]) -> range:
+        """A group of as many ranks as pay: the one with its history if there is one, else with room and little work."""
+        degree = self._plans.degree(sequence.num_remaining, sequence.num_computed)
+        if degree == self.num_ranks:
+            return self.all_ranks
+        groups = [range(r, r + degree) for r in range(0, self.num_ranks, degree)]
+        if sequence.pages:
+            group = groups[sequence.owners[0] // degree]
+            if sequence.lies_on(group):
+                return group
+            if degree > 1:
+                return self.all_ranks  # a plan of a group does not see history outside it
+        share = -(-needed // degree)
+        roomy = [group for group in groups if all(self.pool.available(r) >= share for r in group)]
         if not roomy:
-            return SPREAD
-        return min(roomy, key=lambda r: (load[r], self.num_home[r], -self.pool.available(r)))
+            return self.all_ranks
+        return min(
+            roomy,
+            key=lambda group: (
+                max(load[r] for r in group),
+                sum(self.num_home[r] for r in group),
+                -sum(map(self.pool.available, group)),
+            ),
+        )
 
     # Pages
 
     def place(self, sequence: Sequence, num_new: int) -> Chunk | None:
         """The next chunk of a prompt, with its pages: `num_new` tokens, or fewer where room is short; None: no room."""
         assert sequence.num_computed == len(sequence.pages) * self.page_size, "prompts are cut between pages"
+        home = sequence.home
+        if 1 < len(home) < self.num_ranks and not sequence.lies_on(home):
+            home = sequence.home = self.all_ranks
         if self.has_room_as_intended(sequence, num_new):
-            plan = self._strategy if sequence.home == SPREAD else self._plan_at(sequence, sequence.home)
-            return self._chunk(sequence, num_new, sequence.home, plan, self._intended_ranks(sequence, num_new))
+            plan = self._plan_at(sequence, home) if len(home) == 1 else None
+            return self._chunk(sequence, num_new, home, plan, self._intended_ranks(sequence, num_new))
         rank = self._roomiest()
-        if sequence.home == SPREAD:  # one rank now does what was meant for all
-            num_new = min(num_new, self.pages_for(-(-num_new // self.num_ranks)) * self.page_size)
+        # one rank now does what was meant for several
+        num_new = min(num_new, self.pages_for(-(-num_new // len(home))) * self.page_size)
         num_new = min(num_new, self.pool.available(rank) * self.page_size)
         if not num_new:
             return None
-        plan, ranks = self._plan_at(sequence, rank), (rank,) * self.pages_for(num_new)
-        return self._chunk(sequence, num_new, rank, plan, ranks)
+        here = range(rank, rank + 1)
+        return self._chunk(sequence, num_new, here, self._plan_at(sequence, here), (rank,) * self.pages_for(num_new))
 
     def has_room_as_intended(self, sequence: Sequence, num_new: int) -> bool:
         """Whether place() can put the pages where the layout, or home, wants them."""
@@ -126,13 +141,13 @@ class Placement:
         assert sequence.num_remaining == 1
         if sequence.num_computed == len(sequence.pages) * self.page_size:
             rank = sequence.owners[-1]
-            if self.heads or not sequence.lies_on(rank) or not self.pool.available(rank):
+            if self.heads or not sequence.lies_on(range(rank, rank + 1)) or not self.pool.available(rank):
                 rank = self._roomiest()
             if not self.pool.available(rank):
                 return None
             self._add_pages(sequence, (rank,))
-        rank = sequence.owners[-1]
-        return Chunk(sequence, sequence.num_computed, 1, rank, self._plan_at(sequence, rank))
+        here = range(sequence.owners[-1], sequence.owners[-1] + 1)
+        return Chunk(sequence, sequence.num_computed, 1, here, self._plan_at(sequence, here))
 
     def computed(self, chunk: Chunk) -> None:
         """The chunk's tokens are in the KV cache: pages that are full now can be found by other requests."""
@@ -146,8 +161,8 @@ class Placement:
         self._cache_pages(sequence, past_twins=True)
         for rank, page in zip(sequence.owners, sequence.pages, strict=True):
             self.pool.release(rank, page)
-        if sequence.home != SPREAD:
-            self.num_home[sequence.home] -= 1
+        if len(sequence.home) == 1:
+            self.num_home[sequence.home.start] -= 1
         sequence.forget_pages()
 
     def _cache_pages(self, sequence: Sequence, past_twins: bool) -> None:
@@ -161,15 +176,18 @@ class Placement:
         sequence.has_twins = sequence.num_cached < full
 
     def _intended_ranks(self, sequence: Sequence, num_new: int) -> tuple[int, ...]:
-        if sequence.home == SPREAD:
-            return self.layout.page_ranks(num_new, self.page_size)
-        return (sequence.home,) * self.pages_for(num_new)
+        home = sequence.home
+        if len(home) == 1:
+            return (home.start,) * self.pages_for(num_new)
+        # a group cuts a sequence as a layout of so many ranks would; the number of heads plays no part in it
+        layout = Layout(len(home), "heads" if self.heads else "zigzag", len(home), 1)
+        return tuple(home[r] for r in layout.page_ranks(num_new, self.page_size))
 
-    def _chunk(self, sequence: Sequence, num_new: int, home: int, plan: str, ranks: tuple[int, ...]) -> Chunk:
+    def _chunk(self, sequence: Sequence, num_new: int, home: range, plan: str | None, ranks: tuple[int, ...]) -> Chunk:
         self._add_pages(sequence, ranks)
         return Chunk(sequence, sequence.num_computed, num_new, home, plan)
 
-    def _plan_at(self, sequence: Sequence, rank: int) -> str:
+    def _plan_at(self, sequence: Sequence, rank: range) -> str:
         return LOCAL if sequence.lies_on(rank) and not self.heads else DECODE
 
     def _roomiest(self) -> int:

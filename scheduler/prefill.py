@@ -1,6 +1,6 @@
 """Picks the chunks of one prefill step.
 
-Two lanes, each first come first served: short prompts (fewer than sp_threshold new tokens) and long ones. A step holds
+Two lanes, each first come first served: short prompts (PlanChooser.is_short) and long ones. A step holds
 at most `chunked_prefill_size` new tokens and, while streams run, is predicted to take at most `max_prefill_seconds`.
 While both lanes have work, short prompts get at most half of a step, and when they leave no room for a long one, the
 next step is its own: so a long prefill delays a short prompt by a step or two, and short ones at most about halve the
@@ -14,7 +14,8 @@ import sys
 from dataclasses import dataclass, field
 
 from scheduler.config import SchedulerConfig
-from scheduler.placement import SPREAD, Placement
+from scheduler.placement import Placement
+from scheduler.plans import PlanChooser
 from scheduler.prefill_time import PrefillTime
 from scheduler.prefix_cache import Node
 from scheduler.sequence import Chunk, Sequence
@@ -54,25 +55,21 @@ class Draft:
         self._placement = placement
         self._first_pages: set[tuple[int, bytes]] = set()
 
-    def size_with(self, start: int, num_new: int, home: int) -> tuple[float, float]:
+    def size_with(self, start: int, num_new: int, home: range) -> tuple[float, float]:
         """Tokens and pairs of the busiest rank if this chunk were added."""
         pairs = num_new * (start + num_new / 2)
-        if home == SPREAD:
-            num_ranks = self._placement.num_ranks
-            return max(self.tokens) + num_new / num_ranks, max(self.pairs) + pairs / num_ranks
         return (
-            max(max(self.tokens), self.tokens[home] + num_new),
-            max(max(self.pairs), self.pairs[home] + pairs),
+            max(max(self.tokens), max(self.tokens[r] for r in home) + num_new / len(home)),
+            max(max(self.pairs), max(self.pairs[r] for r in home) + pairs / len(home)),
         )
 
     def add(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
         self.num_tokens += chunk.num_new
         self.num_history += chunk.start
-        ranks = range(self._placement.num_ranks) if chunk.home == SPREAD else range(chunk.home, chunk.home + 1)
-        for rank in ranks:
-            self.tokens[rank] += chunk.num_new / len(ranks)
-            self.pairs[rank] += chunk.num_new * (chunk.start + chunk.num_new / 2) / len(ranks)
+        for rank in chunk.home:
+            self.tokens[rank] += chunk.num_new / len(chunk.home)
+            self.pairs[rank] += chunk.num_new * (chunk.start + chunk.num_new / 2) / len(chunk.home)
         page = chunk.start // self._placement.page_size
         self._first_pages.add((page, self._placement.cache.key(chunk.sequence.tokens, page)))
 
@@ -94,11 +91,14 @@ class Limits:
 
 
 class PrefillLanes:
-    def __init__(self, config: SchedulerConfig, placement: Placement, prefill_time: PrefillTime) -> None:
+    def __init__(
+        self, config: SchedulerConfig, placement: Placement, plans: PlanChooser, prefill_time: PrefillTime
+    ) -> None:
         self.short = Lane()
         self.long = Lane()
         self._config = config
         self._placement = placement
+        self._plans = plans
         self._prefill_time = prefill_time
         self._long_went_without = False
         if 0 < config.chunked_prefill_size < placement.page_size:
@@ -148,7 +148,7 @@ class PrefillLanes:
 
     def _lane_of(self, sequence: Sequence) -> Lane:
         num_cached = len(self._placement.find_prefix(sequence)) * self._placement.page_size
-        return self.short if len(sequence.tokens) - num_cached < self._config.sp_threshold else self.long
+        return self.short if self._plans.is_short(len(sequence.tokens) - num_cached) else self.long
 
     def _fill(self, lane: Lane, draft: Draft, limits: Limits) -> None:
         lane.out_of_pages = None
@@ -199,7 +199,7 @@ class PrefillLanes:
             return False  # see Batcher._whose_turn
         if self._placement.heads and draft.chunks:  # layout heads runs one plan a step
             as_intended = self._placement.has_room_as_intended(sequence, num_new)
-            if draft.chunks[0].home != SPREAD or not as_intended:
+            if draft.chunks[0].plan is not None or not as_intended:
                 return False
         chunk = self._placement.place(sequence, num_new)
         if chunk is None:
@@ -207,12 +207,12 @@ class PrefillLanes:
             return False
         draft.add(chunk)
         # the next long prompt waits for the end of this one; short ones may go on, on other ranks
-        return chunk.samples or chunk.home != SPREAD
+        return chunk.samples or len(chunk.home) == 1
 
     def _cut(self, sequence: Sequence, draft: Draft, limits: Limits) -> int:
         """Length of the next chunk: whole pages, except at the end of the prompt."""
         ps, remaining, home = self._placement.page_size, sequence.num_remaining, sequence.home
-        granule = self._granule(home)
+        granule = len(home)  # then every rank gets as many pages
         room = min(remaining, limits.tokens - draft.num_tokens)
         num_pages = self._placement.pages_for(room) if room == remaining else room // ps
         if limits.num_running and num_pages > 0:
@@ -229,7 +229,3 @@ class PrefillLanes:
     def _growth(self, sequence: Sequence) -> int:
         """Pages that a stream will soon need: left free, so that few prompts are admitted only to be retracted."""
         return self._placement.pages_for(min(sequence.max_length - len(sequence.tokens), GROWTH_TOKENS))
-
-    def _granule(self, home: int) -> int:
-        """Chunks are multiples of so many pages where they can: then every rank gets as many of a spread prompt."""
-        return self._placement.num_ranks if home == SPREAD else 1

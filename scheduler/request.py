@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sp_backend.commands import Sampling, TokenLogprob
 
@@ -52,6 +52,35 @@ class GenerateRequest:
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids included unless ignore_eos
     min_tokens: int = 0  # no stop token before that many
+    explain: bool = False  # its outputs tell the steps that it ran in
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step that a request took part in ran, and why; or several decode steps in a row."""
+
+    kind: str  # prefill | decode
+    plan: str
+    reason: str  # why this plan
+    num_new: int  # tokens of this request ...
+    num_cached: int  # ... after so many in the KV cache
+    batch_tokens: int  # new tokens of all requests of the step
+    predicted_seconds: float | None  # None: not predicted
+    measured_seconds: float  # from the command to the last worker's answer
+    num_steps: int = 1
+
+    def followed_by(self, other: StepReport) -> StepReport | None:
+        """Both as one report, if they are decode steps of one plan."""
+        if (self.kind, self.plan, self.reason) != ("decode", other.plan, other.reason) or other.kind != "decode":
+            return None
+        return replace(
+            self,
+            num_new=self.num_new + other.num_new,
+            batch_tokens=self.batch_tokens + other.batch_tokens,
+            predicted_seconds=None,
+            measured_seconds=self.measured_seconds + other.measured_seconds,
+            num_steps=self.num_steps + other.num_steps,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +100,4 @@ class Output:
     stop_token: int | None = None  # the id that ended it (not among `tokens`)
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     error: str | None = None  # with FinishReason.ERROR
+    steps: list[StepReport] = field(default_factory=list)  # since the previous output, of a request with `explain`

@@ -6,7 +6,9 @@ from array import array
 from dataclasses import dataclass, field
 
 from scheduler.prefix_cache import Node
-from scheduler.request import GenerateRequest
+from scheduler.request import GenerateRequest, StepReport
+
+NOWHERE = range(0)
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +23,7 @@ class Sequence:
     max_length: int  # prompt and generated tokens at which it ends
     tokens: array[int]  # prompt, then generated
     num_computed: int = 0  # tokens in the KV cache
-    home: int = -1  # SP rank of its prefill; -1: spread over all
+    home: range = NOWHERE  # SP ranks that share its prefill
     owners: bytearray = field(default_factory=bytearray)  # SP rank of each page
     pages: list[int] = field(default_factory=list)  # its index on that rank
     pages_on: list[int] = field(default_factory=list)  # pages on each SP rank
@@ -31,6 +33,7 @@ class Sequence:
     has_twins: bool = False  # another request was faster: its next page is cached from there
     cached_tokens: int = 0  # of the prompt, found at the first admission
     was_admitted: bool = False
+    reports: list[StepReport] = field(default_factory=list)  # of steps that no output has told yet
 
     @property
     def num_prompt(self) -> int:
@@ -45,9 +48,13 @@ class Sequence:
         """Tokens to be computed before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
 
-    def lies_on(self, rank: int) -> bool:
+    def take_reports(self) -> list[StepReport]:
+        reports, self.reports = self.reports, []
+        return reports
+
+    def lies_on(self, ranks: range) -> bool:
         """Whether no page is on another rank."""
-        return self.pages_on[rank] == len(self.pages)
+        return sum(self.pages_on[ranks.start : ranks.stop]) == len(self.pages)
 
     def add_page(self, rank: int, page: int) -> None:
         self.owners.append(rank)
@@ -57,7 +64,7 @@ class Sequence:
     def forget_pages(self) -> None:
         """Back to the state before admission."""
         self.num_computed = self.num_sent = self.num_cached = 0
-        self.home = -1
+        self.home = NOWHERE
         self.owners = bytearray()
         self.pages, self.pages_on = [], []
         self.has_twins = False
@@ -71,8 +78,8 @@ class Chunk:
     sequence: Sequence
     start: int
     num_new: int
-    home: int  # SP rank of all the new tokens; -1: spread by the layout
-    plan: str
+    home: range  # SP ranks of the new tokens
+    plan: str | None  # None: chosen when the whole step is known
 
     @property
     def samples(self) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from scheduler.plans import PlanChoice
 
 logger = logging.getLogger("scheduler")
 
@@ -24,6 +27,27 @@ class RankStats:
     busy_seconds: float = 0.0
 
 
+@dataclass(slots=True)
+class PlanStats:
+    """Steps that ran one plan, or one set of plans side by side. Totals."""
+
+    num_steps: int = 0
+    num_tokens: int = 0  # new ones
+    seconds: float = 0.0
+    predicted_seconds: float = 0.0  # of the steps that were predicted ...
+    measured_seconds: float = 0.0  # ... and what those took
+
+
+@dataclass(frozen=True, slots=True)
+class LastChoice:
+    """The plan of the newest step that was chosen by prediction."""
+
+    plan: str
+    reason: str
+    predicted_seconds: float
+    measured_seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     num_running: int  # prefilling and decoding
@@ -40,6 +64,8 @@ class Stats:
     num_retractions: int
     num_steps: dict[str, int]  # by kind: prefill, decode
     capacity_tokens: int  # the longest prompt and output that fit
+    plans: dict[str, PlanStats] = field(default_factory=dict)
+    last_choice: LastChoice | None = None
 
 
 class StepLog:
@@ -65,6 +91,19 @@ class StepLog:
             num_new / max(now - self._prefilled_at, 1e-9),
         )
         self._prefilled_at = now
+
+    def plan(self, kind: str, num_tokens: int, choices: Sequence[PlanChoice], seconds: float) -> None:
+        for choice in choices:
+            predicted = "not" if choice.seconds is None else f"{1000 * choice.seconds:.2f} ms"
+            logger.debug(
+                "%s step of %d tokens: %s (%s); predicted %s, measured %.2f ms",
+                kind,
+                num_tokens,
+                choice.plan,
+                choice.reason,
+                predicted,
+                1000 * seconds,
+            )
 
     def decode_is_due(self, num_tokens: int) -> bool:
         """Counts a decode step; True every `decode_interval` of them."""

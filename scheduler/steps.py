@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
-from scheduler.placement import SPREAD, Placement
+from scheduler.placement import Placement
 from scheduler.sequence import Chunk, Sequence
 from sp_backend.commands import Group, Sampling, SequenceStep, Step
 
@@ -18,6 +18,7 @@ def steps_of(step_id: int, chunks: Seq[Chunk], released: list[int], placement: P
     """One command for each SP rank. Marks the chunks' pages as known to the workers."""
     groups: dict[str, list[list[SequenceStep]]] = {}  # plan -> rank -> sequences
     for chunk in chunks:
+        assert chunk.plan is not None, "every plan is chosen by now"
         by_rank = groups.setdefault(chunk.plan, [[] for _ in range(placement.num_ranks)])
         for rank, part in enumerate(_parts(chunk, placement)):
             by_rank[rank].append(part)
@@ -42,7 +43,8 @@ def _parts(chunk: Chunk, placement: Placement) -> list[SequenceStep]:
             sequence.id,
             chunk.start,
             chunk.num_new,
-            chunk.home,
+            chunk.home.start,
+            len(chunk.home),
             owners,
             pages[rank],
             tokens[rank],
@@ -65,8 +67,8 @@ def _tokens_by_rank(chunk: Chunk, placement: Placement) -> list[bytes]:
     tokens = sequence.tokens[chunk.start : chunk.start + chunk.num_new].tobytes()
     if placement.heads:
         return [tokens] * placement.num_ranks
-    if chunk.home != SPREAD:
-        return [tokens if rank == chunk.home else b"" for rank in range(placement.num_ranks)]
+    if len(chunk.home) == 1:
+        return [tokens if rank in chunk.home else b"" for rank in range(placement.num_ranks)]
     size = placement.page_size * TOKEN_BYTES
     first = chunk.start // placement.page_size
     parts: list[list[bytes]] = [[] for _ in range(placement.num_ranks)]

@@ -66,7 +66,7 @@ async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_taking_requests()
     body = await read_json(request, CompletionRequest)
-    return await _answer(request, await service.jobs.completion(body), bool(body.stream))
+    return await _answer(request, await service.jobs.completion(body, _explain(request)), bool(body.stream))
 
 
 @router.post("/chat/completions", openapi_extra=_body(ChatRequest))
@@ -74,7 +74,12 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_taking_requests()
     body = await read_json(request, ChatRequest)
-    return await _answer(request, await service.jobs.chat(body), bool(body.stream))
+    return await _answer(request, await service.jobs.chat(body, _explain(request)), bool(body.stream))
+
+
+def _explain(request: Request) -> bool:
+    """Whether the answer shall tell the plan of each step, and why it was chosen."""
+    return request.headers.get("x-sp-explain", "0").strip().lower() not in ("", "0", "false")
 
 
 async def _answer(request: Request, writer: Writer, stream: bool) -> Response:

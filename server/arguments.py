@@ -120,7 +120,7 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
         type=token_count,
         default=SCHEDULER.sp_threshold,
         metavar="TOKENS",
-        help="shorter prompts stay on one rank",
+        help="shorter prompts stay on one rank (default: where spreading is predicted to pay)",
     )
     add("--device", default="auto", metavar="{auto,cpu}")
     add("--attention-backend", choices=("torch_cpu", "reference"), default="torch_cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from scheduler.request import GeneratedToken, Output
+from scheduler.request import GeneratedToken, Output, StepReport
 from server.stopping import StopStrings
 from server.tokenizer import Detokenizer, Tokenizer
 
@@ -29,6 +29,7 @@ class Delta:
     cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string or token that ended it
+    steps: list[StepReport] = field(default_factory=list)  # with the last one, if they were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,13 @@ class Choice:
         self._certain = 0  # characters given out
         self._num_tokens = 0
         self._cached_tokens = 0
+        self._steps: list[StepReport] = []
 
     def add(self, output: Output) -> Delta:
         """A delta with `finish_reason` is the last one, whether `output` was or a stop string was found."""
         self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
+        for step in output.steps:
+            self._add_step(step)
         text = ""
         for token in output.tokens:
             text += self._add_token(token)
@@ -67,6 +71,10 @@ class Choice:
         if self._stops.found is not None:
             return self._delta(text, "stop", self._stops.found)
         return self._delta(text + self._stops.finish(), output.finish_reason.value, output.stop_token)
+
+    def _add_step(self, step: StepReport) -> None:
+        joined = self._steps[-1].followed_by(step) if self._steps else None
+        self._steps[-1:] = [*self._steps[-1:], step] if joined is None else [joined]
 
     def _add_token(self, token: GeneratedToken) -> str:
         if self._options.logprobs is not None:
@@ -85,4 +93,7 @@ class Choice:
         tokens = []
         while self._waiting and (not held or self._waiting[0].offset < self._certain):
             tokens.append(self._waiting.popleft())
-        return Delta(self._index, text, tokens, self._num_tokens, self._cached_tokens, finish_reason, stop_reason)
+        steps = self._steps if finish_reason is not None else []
+        return Delta(
+            self._index, text, tokens, self._num_tokens, self._cached_tokens, finish_reason, stop_reason, steps
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from server.choice import Delta, TokenText
@@ -154,6 +154,11 @@ def _ending(delta: Delta) -> dict[str, Any]:
     return {"finish_reason": delta.finish_reason, "matched_stop": reason, "stop_reason": reason}
 
 
+def _explained(delta: Delta) -> dict[str, Any]:
+    """What each step of a choice ran, and why; consecutive decode steps as one."""
+    return {"index": delta.index, "steps": [asdict(step) for step in delta.steps]}
+
+
 def _finite(logprob: float | None) -> float:
     return LEAST_LOGPROB if logprob is None else max(logprob, LEAST_LOGPROB)
 
@@ -176,14 +181,16 @@ class Writer:
                 usage.add(delta)
                 choices[delta.index].add(delta)
         written = [self.format.whole(index, choice) for index, choice in enumerate(choices)]
-        return {**self._head(self.format.object), "choices": written, "usage": usage.json()}
+        whole = {**self._head(self.format.object), "choices": written, "usage": usage.json()}
+        if self.job.explain:
+            whole["sp_explain"] = [_explained(choice.last) for choice in choices if choice.last is not None]
+        return whole
 
     async def events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
         usage, begun = Usage(self.job), set[int]()
         head = self._head(self.format.chunk_object)
 
-        def chunk(choice: dict[str, Any]) -> bytes:
-            extra: dict[str, Any] = {}
+        def chunk(choice: dict[str, Any], **extra: Any) -> bytes:
             if self.usage_in_every_chunk:
                 extra["usage"] = usage.json()
             elif self.include_usage:
@@ -199,7 +206,8 @@ class Writer:
                     yield chunk(opening)
                     starts = False  # clients take the first chunk for the first token: one is enough
                 if starts or delta.text or delta.tokens or delta.finish_reason is not None:
-                    yield chunk(self.format.piece(delta))
+                    last = self.job.explain and delta.finish_reason is not None
+                    yield chunk(self.format.piece(delta), **({"sp_explain": [_explained(delta)]} if last else {}))
         if self.include_usage:
             yield event({**head, "choices": [], "usage": usage.json()})
 

@@ -49,6 +49,7 @@ class Job:
     decoding: Decoding
     max_tokens: list[int]  # for each prompt
     rid: str | None = None  # the client's own name for it
+    explain: bool = False  # the answer says which steps it took
 
     @property
     def num_choices(self) -> int:
@@ -63,6 +64,7 @@ class Job:
             sampling=self.decoding.sampling_of(k),
             stop_token_ids=self.decoding.stop_token_ids,
             min_tokens=self.decoding.min_tokens,
+            explain=self.explain,
         )
 
 

@@ -38,7 +38,7 @@ class JobReader:
         self._prompts = PromptReader(tokenizer, vocab_size)
         self._sampling = SamplingReader(vocab_size, config.model.eos_ids, config.text.sampling_defaults)
 
-    async def completion(self, body: CompletionRequest) -> Writer:
+    async def completion(self, body: CompletionRequest, explain: bool = False) -> Writer:
         self.check_model(body.model)
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of must equal n: candidates are not ranked.", "best_of")
@@ -49,14 +49,14 @@ class JobReader:
         decoding = self._sampling.read(body, body.logprobs, body.max_tokens)
         prompts = await self._prompts.read(body.prompt)
         default = max(DEFAULT_MAX_TOKENS, decoding.min_tokens)
-        job = self._job("cmpl", body, [prompt.ids for prompt in prompts], decoding, default)
+        job = self._job("cmpl", body, [prompt.ids for prompt in prompts], decoding, default, explain)
         echoes = [""] * len(prompts)
         if body.echo:
             echoes = [prompt.text or self._tokenizer.decode(prompt.ids) for prompt in prompts]
         style = CompletionFormat(self._tokenizer, echoes, decoding.n, body.logprobs is not None)
         return self._writer(job, body, style)
 
-    async def chat(self, body: ChatRequest) -> Writer:
+    async def chat(self, body: ChatRequest, explain: bool = False) -> Writer:
         self.check_model(body.model)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
@@ -70,7 +70,7 @@ class JobReader:
             continue_final_message=bool(body.continue_final_message),
             variables=body.chat_template_kwargs,
         )
-        job = self._job("chatcmpl", body, [ids], decoding, None)
+        job = self._job("chatcmpl", body, [ids], decoding, None, explain)
         return self._writer(job, body, ChatFormat(self._tokenizer, bool(body.logprobs)))
 
     async def chat_ids(self, messages: list[Message], **options: Any) -> list[int]:
@@ -93,7 +93,13 @@ class JobReader:
             raise model_not_found(name)
 
     def _job(
-        self, kind: str, body: SamplingFields, prompts: list[list[int]], decoding: Decoding, default: int | None
+        self,
+        kind: str,
+        body: SamplingFields,
+        prompts: list[list[int]],
+        decoding: Decoding,
+        default: int | None,
+        explain: bool,
     ) -> Job:
         if len(prompts) * decoding.n > MAX_CHOICES:
             raise invalid(f"{len(prompts)} prompts x n {decoding.n}: at most {MAX_CHOICES} together.", "n")
@@ -104,6 +110,7 @@ class JobReader:
             decoding=decoding,
             max_tokens=[_max_tokens(len(prompt), decoding, default, fits) for prompt in prompts],
             rid=body.rid,
+            explain=explain,
         )
 
     def _writer(self, job: Job, body: SamplingFields, style: Format) -> Writer:

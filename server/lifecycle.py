@@ -95,7 +95,8 @@ class _Lifecycle:
     async def _warm_up(self) -> None:
         """Long enough to be spread over the ranks, so that every path has run before the first user."""
         service, config = self._service, self._service.config
-        length = max(1, min(config.scheduler.sp_threshold + 1, LONGEST_WARMUP, service.max_request_tokens() - 2))
+        spread = 1024 if config.scheduler.sp_threshold is None else config.scheduler.sp_threshold + 1
+        length = max(1, min(spread, LONGEST_WARMUP, service.max_request_tokens() - 2))
         decoding = Decoding(Sampling(temperature=0.0), TextOptions(), frozenset(), 2, 0, 1)
         job = Job("warmup", [[index % config.model.vocab_size for index in range(length)]], decoding, [2])
         async for _ in service.generator.run(job):

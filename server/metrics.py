@@ -78,6 +78,7 @@ class _SchedulerCollector(Collector):
         stats = self._stats()
         yield from self._gauges(stats)
         yield from self._totals(stats)
+        yield from self._plans(stats)
         yield from self._ranks(stats)
 
     def _gauges(self, stats: Stats) -> Iterable[Metric]:
@@ -110,6 +111,28 @@ class _SchedulerCollector(Collector):
         for kind, value in stats.num_steps.items():
             steps.add_metric([self._model_name, str(kind)], value)
         yield steps
+
+    def _plans(self, stats: Stats) -> Iterable[Metric]:
+        """What the steps ran: in total by plan, and the newest choice with its reason."""
+        families = {
+            "num_steps": "Forward passes by plan; + joins plans that ran side by side",
+            "num_tokens": "New tokens of these steps",
+            "seconds": "Time of these steps",
+            "predicted_seconds": "What the planner predicted, where it did",
+            "measured_seconds": "What the predicted steps took",
+        }
+        for name, text in families.items():
+            family = CounterMetricFamily(f"sp:plan_{name}", text, labels=["model_name", "plan"])
+            for plan, totals in stats.plans.items():
+                family.add_metric([self._model_name, plan], getattr(totals, name))
+            yield family
+        last = stats.last_choice
+        if last is not None:
+            labels = ["model_name", "plan", "reason"]
+            for name in ("predicted_seconds", "measured_seconds"):
+                gauge = GaugeMetricFamily(f"sp:last_choice_{name}", "Of the newest predicted step", labels=labels)
+                gauge.add_metric([self._model_name, last.plan, last.reason], getattr(last, name))
+                yield gauge
 
     def _ranks(self, stats: Stats) -> Iterable[Metric]:
         labels = ["model_name", "rank", "sp_rank", "tp_rank"]

@@ -150,8 +150,8 @@ class BatchBuilder:
         return table
 
     def _new_rows(self, layout: Layout, sequence: SequenceStep) -> tuple[int, ...]:
-        if sequence.home < 0:
-            return layout.cut_pages(sequence.num_new, self._page_size)
+        if sequence.degree > 1:
+            return layout.cut_pages(sequence.num_new, self._page_size, sequence.home // sequence.degree)
         return tuple(sequence.num_new if chunk == sequence.home else 0 for chunk in range(layout.num_new))
 
     def _geometry(

@@ -44,9 +44,10 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     """One request's part of a step: `num_new` tokens after `start` cached ones."""
 
     request_id: int
-    start: int  # tokens already in the KV cache; page-aligned unless home >= 0
+    start: int  # tokens already in the KV cache; page-aligned unless degree is 1
     num_new: int
-    home: int  # SP rank that holds all the new tokens; -1: spread over the ranks by the plan's layout
+    home: int  # the first SP rank that holds new tokens ...
+    degree: int  # ... and how many ranks share them, cut by the plan's layout; 1: all are on `home`
     page_owners: bytes  # SP rank of each page appended to the request since its previous step (uint8)
     pages: bytes  # this rank's: indices of those of them that it owns (int32), in order
     tokens: bytes  # this rank's: ids of the new tokens it computes (int32), in position order
@@ -56,7 +57,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
 class Group(msgspec.Struct, frozen=True, array_like=True):
     """Sequences that run under one plan. All groups of a step share one forward pass."""
 
-    plan: str  # a strategy's name, "decode" (home tokens, history anywhere) or "local" (home tokens, history at home)
+    plan: str  # a variant's name, "decode" (home tokens, history anywhere) or "local" (home tokens, history at home)
     sequences: list[SequenceStep]
 
 

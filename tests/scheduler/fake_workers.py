@@ -15,7 +15,7 @@ import numpy as np
 
 from sp_backend.commands import Group, SampledToken, SequenceStep, Step, StepResult, decode_command, encode
 from sp_backend.config import BackendConfig
-from sp_backend.layout import Layout
+from sp_backend.layout import History, Kind, Layout
 
 VOCAB = 251
 
@@ -68,10 +68,10 @@ class FakeWorkers:
     ) -> None:
         """seconds: time of a step from the tokens and (query, key) pairs of the busiest rank."""
         self.config = config
+        self.strategies = {config.strategy}  # that spread prompts may run
         self.clock = clock or Clock()
         self.steps: list[Step] = []  # what rank 0 was told
         self._seconds = seconds
-        self._layout = Layout(config.sp_size, "heads" if config.layout == "heads" else "zigzag", config.sp_size, 1)
         self._memory = np.full((config.sp_size, pages_per_rank, config.page_size), -1)
         self._tables: dict[int, Table] = {}
         self._results: list[StepResult] | None = None
@@ -107,7 +107,7 @@ class FakeWorkers:
     def _run(self, group: Group, parts: tuple[SequenceStep, ...]) -> list[SampledToken]:
         first, ps = parts[0], self.config.page_size
         for part in parts:
-            same = ("request_id", "start", "num_new", "home", "page_owners")
+            same = ("request_id", "start", "num_new", "home", "degree", "page_owners")
             assert all(getattr(part, name) == getattr(first, name) for name in same)
         table = self._tables.setdefault(first.request_id, Table())
         indices = [list(np.frombuffer(part.pages, "<i4")) for part in parts]
@@ -133,13 +133,21 @@ class FakeWorkers:
     def _check_plan(self, plan: str, part: SequenceStep, table: Table) -> None:
         ps, heads = self.config.page_size, self.config.layout == "heads" and self.config.sp_size > 1
         new_owners = table.owners[part.start // ps :]
-        if part.home < 0:
-            assert plan == self.config.strategy and part.start % ps == 0
-            assert tuple(new_owners) == self._layout.page_ranks(part.num_new, ps)
+        if part.degree > 1:
+            layout = self._layout(part.degree)
+            assert plan.partition("@")[0] in self.strategies and part.start % ps == 0
+            assert tuple(new_owners) == layout.page_ranks(part.num_new, ps, part.home // part.degree)
+            group = range(part.home, part.home + part.degree)
+            assert part.degree == self.config.sp_size or set(table.owners) <= set(group), "it sees no other history"
         else:
             assert set(new_owners) == {part.home}
             at_home = set(table.owners) == {part.home} and not heads
             assert plan == ("local" if at_home else "decode")
+
+    def _layout(self, degree: int) -> Layout:
+        kind: Kind = "heads" if self.config.layout == "heads" else "zigzag"
+        history: History = "all" if degree == self.config.sp_size else "own"
+        return Layout(self.config.sp_size, kind, self.config.sp_size, 1, history=history, degree=degree)
 
     def _write(self, parts: tuple[SequenceStep, ...], table: Table) -> None:
         ps, heads = self.config.page_size, self.config.layout == "heads" and self.config.sp_size > 1
@@ -162,10 +170,9 @@ class FakeWorkers:
         assert not any(given), "tokens go only to the ranks that compute them"
 
     def _count_work(self, part: SequenceStep, tokens: np.ndarray, pairs: np.ndarray) -> None:
-        ranks = slice(None) if part.home < 0 else part.home
-        share = len(tokens) if part.home < 0 else 1
-        tokens[ranks] += part.num_new / share
-        pairs[ranks] += part.num_new * (part.start + part.num_new / 2) / share
+        ranks = slice(part.home, part.home + part.degree)
+        tokens[ranks] += part.num_new / part.degree
+        pairs[ranks] += part.num_new * (part.start + part.num_new / 2) / part.degree
 
     def _result(self, step_id: int, rank: int, tokens: list[SampledToken], seconds: float) -> StepResult:
         return StepResult(step_id, rank, tokens, seconds, 0, 0, 0.0)

@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 
 from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
-from scheduler.request import GenerateRequest, Output
+from scheduler.plans import StepPlanner
+from scheduler.request import GenerateRequest, Output, StepReport
 from sp_backend.commands import Sampling
 from tests.scheduler.fake_workers import Clock, FakeWorkers, backend_config
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A planner's answer."""
+
+    variant: str
+    reason: str
+    seconds: float
 
 
 @dataclass
@@ -19,12 +29,14 @@ class Harness:
     tokens: dict[str, list[int]] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)  # when each token came
     ends: dict[str, Output] = field(default_factory=dict)
+    steps: dict[str, list[StepReport]] = field(default_factory=dict)
 
     def receive(self, outputs: list[Output]) -> None:
         for output in outputs:
             assert output.request_id not in self.ends, "nothing after the last output"
             self.tokens.setdefault(output.request_id, []).extend(t.token for t in output.tokens)
             self.times.setdefault(output.request_id, []).extend(self.workers.clock.now for _ in output.tokens)
+            self.steps.setdefault(output.request_id, []).extend(output.steps)
             if output.finish_reason:
                 self.ends[output.request_id] = output
 
@@ -48,13 +60,20 @@ def make_harness(
     config: SchedulerConfig | None = None,
     pages_per_rank: int = 1000,
     seconds: Callable[[float, float], float] = lambda tokens, pairs: 0.001,
+    planner: StepPlanner | None = None,
     **backend: object,
 ) -> Harness:
     clock, resolved = Clock(), backend_config(**backend)
     workers = FakeWorkers(resolved, pages_per_rank, clock, seconds)
     made: list[Harness] = []
     controller = Controller(
-        config or SchedulerConfig(), resolved, workers, pages_per_rank, lambda o: made[0].receive(o), clock=clock
+        config or SchedulerConfig(),
+        resolved,
+        workers,
+        pages_per_rank,
+        lambda o: made[0].receive(o),
+        clock=clock,
+        planner=planner,
     )
     made.append(Harness(controller, workers))
     return made[0]

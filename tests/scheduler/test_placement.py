@@ -44,7 +44,7 @@ def test_a_short_continuation_of_a_spread_prefix_runs_the_decode_plan() -> None:
     harness.submit("b", [*prompt, 1, 2, 3, 4, 5], 1)
     harness.run()
     group = harness.workers.steps[-1].groups[0]
-    assert group.plan == "decode" and group.sequences[0].start == 64 and group.sequences[0].home >= 0
+    assert group.plan == "decode" and group.sequences[0].start == 64 and group.sequences[0].degree == 1
 
 
 def test_a_hot_short_prefix_does_not_tie_everyone_to_one_rank() -> None:

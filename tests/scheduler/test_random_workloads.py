@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -10,7 +11,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.request import FinishReason, GenerateRequest
 from sp_backend.commands import Sampling
 from tests.scheduler.fake_workers import VOCAB, expected_tokens
-from tests.scheduler.harness import Harness, make_harness
+from tests.scheduler.harness import Harness, Predicted, make_harness
 
 NUM_REQUESTS = 40
 MESHES = [(1, "tokens"), (2, "tokens"), (3, "tokens"), (4, "tokens"), (1, "heads"), (2, "heads"), (4, "heads")]
@@ -20,7 +21,8 @@ def check_pages(harness: Harness) -> None:
     """Every page is free, idle or used, and the used ones are those of live requests."""
     batcher = harness.controller.batcher
     homes = [sequence.home for sequence in batcher.running + batcher.lanes.prefilling]
-    assert batcher.placement.num_home == [homes.count(rank) for rank in range(batcher.placement.num_ranks)]
+    alone = [home.start for home in homes if len(home) == 1]
+    assert batcher.placement.num_home == [alone.count(rank) for rank in range(batcher.placement.num_ranks)]
     pool, cache = batcher.placement.pool, batcher.placement.cache
     held: dict[tuple[int, int], int] = {}
     for sequence in batcher.running + batcher.lanes.prefilling:
@@ -44,7 +46,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         max_running_requests=rng.choice([3, 8, 64]),
         chunked_prefill_size=rng.choice([8, 16, 64, -1]),
         max_prefill_seconds=rng.choice([0.0005, 0.004, 0.5]),
-        sp_threshold=rng.choice([0, 16, 50]),
+        sp_threshold=rng.choice([0, 16, 50, None, None]),
         prefix_cache=rng.random() < 0.8,
     )
 
@@ -80,18 +82,35 @@ def play(rng: random.Random, harness: Harness, requests: list[GenerateRequest], 
     pytest.fail("it never ended")
 
 
+class AnyDegree:
+    """A planner whose every answer is possible and none predictable."""
+
+    def __init__(self, rng: random.Random, num_ranks: int) -> None:
+        self.rng = rng
+        self.degrees = [d for d in range(1, num_ranks + 1) if num_ranks % d == 0]
+
+    def degree_for(self, num_new: int, num_cached: int) -> int:
+        return self.rng.choice(self.degrees)
+
+    def choose(self, batch: Sequence[tuple[int, int]], degree: int) -> Predicted:
+        return Predicted("ring_pass_kv" if degree == self.degrees[-1] else f"ring_pass_kv@{degree}", "", 0.001)
+
+
 @pytest.mark.parametrize("sp_size,layout", MESHES)
 @pytest.mark.parametrize("seed", range(10))
 def test_every_request_ends_once_with_the_tokens_of_an_unconstrained_run(
     sp_size: int, layout: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(f"{seed} {sp_size} {layout}")
+    config = random_config(rng)
+    planned = layout == "tokens" and sp_size > 1 and config.sp_threshold is None
     monkeypatch.setattr("scheduler.prefill.GROWTH_TOKENS", rng.choice([0, 0, 4, 128]))  # the less, the more retractions
     pages_per_rank = rng.choice([40 // sp_size, 80 // sp_size, 100])
     harness = make_harness(
-        random_config(rng),
+        config,
         pages_per_rank,
         lambda tokens, pairs: (1e-4 + 1e-5 * tokens + 1e-7 * pairs) * rng.lognormvariate(0, 0.2),
+        planner=AnyDegree(rng, sp_size) if planned else None,
         sp_size=sp_size,
         layout=layout,
     )

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from scheduler.request import Draining, FinishReason, GeneratedToken, GenerateRequest, Output
-from scheduler.stats import RankStats, Stats
+from scheduler.request import Draining, FinishReason, GeneratedToken, GenerateRequest, Output, StepReport
+from scheduler.stats import LastChoice, PlanStats, RankStats, Stats
 from sp_backend.commands import TokenLogprob
 
 NextToken = Callable[[GenerateRequest, int], int]
@@ -76,8 +76,17 @@ class FakeClient:
                 yield Output(name, finish_reason=FinishReason.ABORT)
                 return
             last = FinishReason.LENGTH if made == request.max_tokens else None
-            yield Output(name, tokens, last, cached_tokens=self.cached_tokens)
+            steps = self._steps(request, made) if request.explain else []
+            yield Output(name, tokens, last, cached_tokens=self.cached_tokens, steps=steps)
             await self._wait(self.token_seconds)
+
+    @staticmethod
+    def _steps(request: GenerateRequest, made: int) -> list[StepReport]:
+        """The prompt in one step with its first token, then a step for each token."""
+        length = len(request.prompt)
+        if made == 1:
+            return [StepReport("prefill", "ring_pass_q", "as this test says", length, 0, length, 0.5, 0.25)]
+        return [StepReport("decode", "decode", "few tokens", 1, length + made - 1, 1, None, 0.125)]
 
     @staticmethod
     async def _wait(seconds: float) -> None:
@@ -111,6 +120,8 @@ class FakeClient:
             num_retractions=0,
             num_steps={"prefill": 3, "decode": 4},
             capacity_tokens=self.capacity_tokens,
+            plans={"ring_pass_q": PlanStats(2, 600, 1.5, 1.0, 1.25), "decode": PlanStats(4, 4, 0.5)},
+            last_choice=LastChoice("ring_pass_q", "as this test says", 0.5, 0.625),
         )
 
     @staticmethod

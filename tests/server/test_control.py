@@ -80,6 +80,12 @@ def test_metrics() -> None:
         assert found[f"sp:rank_bytes_sent_total{{{rank}}}"] == 64
         assert found[f"sp:rank_wait_seconds_total{{{rank}}}"] == 0.25
         assert found[f"sp:rank_busy_seconds_total{{{rank}}}"] == 1.5
+        plan = f'{label},plan="ring_pass_q"'
+        assert found[f"sp:plan_num_steps_total{{{plan}}}"] == 2
+        assert found[f"sp:plan_predicted_seconds_total{{{plan}}}"] == 1.0
+        assert found[f"sp:plan_measured_seconds_total{{{plan}}}"] == 1.25
+        assert found[f'sp:last_choice_predicted_seconds{{{plan},reason="as this test says"}}'] == 0.5
+        assert found[f'sp:last_choice_measured_seconds{{{plan},reason="as this test says"}}'] == 0.625
         path = 'path="/v1/completions",status="200"'
         assert found[f"sp:http_responses_total{{{label},{path}}}"] == 1
         http.get("/no/such/path/1")

@@ -1,0 +1,84 @@
+"""Which prompts are spread over how many ranks, and which plan the spread ones of a step run.
+
+With a planner both are predictions for the links and kernels at hand; without one (one rank, tests) the strategy is
+fixed and a prompt is spread from a number of new tokens on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from scheduler.sequence import Chunk
+from sp_backend.config import BackendConfig
+
+SHORT = 384  # new tokens below which a prompt need not queue behind long ones; where spreading begins to pay on 2 cores
+LOCAL = "local"
+DECODE = "decode"
+REASONS = {
+    LOCAL: "all tokens on one rank: nothing to exchange",
+    DECODE: "few new tokens: queries go to the cached keys, which are on several ranks",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PlanChoice:
+    plan: str
+    reason: str
+    seconds: float | None = None  # predicted for the whole step; None: not predicted
+
+
+class Prediction(Protocol):
+    @property
+    def variant(self) -> Any: ...  # its str() is the plan's name
+    @property
+    def reason(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class StepPlanner(Protocol):
+    """What the scheduler needs of sp_backend.planner.Planner."""
+
+    def degree_for(self, num_new: int, num_cached: int) -> int: ...
+    def choose(self, batch: Sequence[tuple[int, int]], degree: int) -> Prediction: ...
+
+
+class PlanChooser:
+    def __init__(self, backend: BackendConfig, threshold: int | None, planner: StepPlanner | None) -> None:
+        """threshold: new tokens from which on a prompt is spread; None: where that is predicted to pay."""
+        self._num_ranks = backend.sp_size
+        self._always_spread = backend.layout == "heads"
+        self._strategy = backend.strategy
+        self._short = SHORT if threshold is None else threshold
+        self._threshold = self._short if planner is None else threshold
+        self._planner = planner
+
+    def is_short(self, num_new: int) -> bool:
+        return num_new < self._short
+
+    def degree(self, num_new: int, num_cached: int) -> int:
+        """How many ranks should share a prompt's new tokens; 1: it stays on one."""
+        if self._threshold is None and not self._always_spread:
+            assert self._planner is not None
+            return self._planner.degree_for(num_new, num_cached)
+        return self._num_ranks if self._always_spread or num_new >= self._short else 1
+
+    def assign(self, chunks: Sequence[Chunk]) -> tuple[list[Chunk], tuple[PlanChoice, ...]]:
+        """The chunks of a step with a plan each, and why; those that have one, because of where they lie, keep it."""
+        spread: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by degree: new and cached tokens
+        for chunk in chunks:
+            if chunk.plan is None:
+                spread[len(chunk.home)].append((chunk.num_new, chunk.start))
+        chosen = {degree: self._choose(degree, batch) for degree, batch in spread.items()}
+        kept = [PlanChoice(plan, REASONS[plan]) for plan in dict.fromkeys(c.plan for c in chunks) if plan is not None]
+        planned = [c if c.plan is not None else replace(c, plan=chosen[len(c.home)].plan) for c in chunks]
+        return planned, (*chosen.values(), *kept)
+
+    def _choose(self, degree: int, batch: Sequence[tuple[int, int]]) -> PlanChoice:
+        if self._planner is None:
+            return PlanChoice(self._strategy, "the only plan of this server")
+        choice = self._planner.choose(batch, degree)
+        return PlanChoice(str(choice.variant), choice.reason, choice.seconds)
