@@ -19,6 +19,7 @@ PURE = {  # what the scheduler may use
     "sp_backend.layout",
     "sp_backend.operations",
     "sp_backend.planner",
+    "sp_backend.simulate",
     "sp_backend.topology",
 }
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
