@@ -8,12 +8,12 @@ well.
 Deadlock: a transfer names both its ends and both ends post in plan order, so links match. A rank posts a
 round's receives before anything that can block, and what it then waits for was posted in this round or an
 earlier one. So some rank in the earliest unfinished round can always go on, even if every send waits for its
-receiver.
+receiver. A replay of exactly that (`rendezvous`) is part of the proof.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import lcm
@@ -25,15 +25,17 @@ from sp_backend.layout import CAUSAL, EMPTY, KV, STATE, Block, Heads, Layout, Q
 from sp_backend.plan import Attend, Plan, Transfer
 
 WHOLE = (0, 1)
+_Link = tuple[int, int]  # src, dst
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`errors` is empty when the plan is proven. Peaks: received blocks held at once on the busiest rank."""
+    """`errors` is empty when the plan is proven."""
 
     errors: tuple[str, ...]
-    peak_q_blocks: int
-    peak_kv_blocks: int
+    loads: tuple[Counter[tuple[int, int]], ...]  # per round: blocks by (src, dst)
+    peak_q_blocks: tuple[int, ...]  # per rank: received blocks held at once
+    peak_kv_blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,49 @@ def check(plan: Plan) -> Report:
     replay.errors += [f"state left behind: q{c} on rank {r}" for (r, c), folds in replay.slots.items() if folds]
     unused = [key for key in replay.arrived if key not in replay.last_use]
     replay.errors += [f"delivered in vain: {block} to rank {rank}" for rank, block in unused]
-    return Report(tuple(replay.errors), _peak(replay, plan, Q), _peak(replay, plan, KV))
+    replay.errors += rendezvous(plan)
+    loads = tuple(Counter((t.src, t.dst) for t in r.transfers) for r in plan.rounds)
+    return Report(tuple(replay.errors), loads, _peaks(replay, plan, Q), _peaks(replay, plan, KV))
+
+
+def rendezvous(plan: Plan, *, receives_first: bool = True) -> list[str]:
+    """Replay a plan with sends that block until the receiver has posted; one line for each rank that is stuck.
+
+    A rank waits for all that came in a round before it sends in the next, which is earlier than executors do.
+    receives_first: the order within a round, which executors keep; the other one is here to show why.
+    """
+    ranks = range(plan.layout.num_ranks)
+    steps: list[list[tuple[str, _Link]]] = [[] for _ in ranks]
+    before: list[_Link] = []
+    for r in plan.rounds:
+        links = [link for link in dict.fromkeys((t.src, t.dst) for t in r.transfers) if {*link} <= {*ranks}]
+        posts = [(dst, ("post", (src, dst))) for src, dst in links]
+        waits = [(dst, ("wait for", (src, dst))) for src, dst in before]
+        sends = [(src, ("send", (src, dst))) for src, dst in links]
+        for rank, step in [*posts, *waits, *sends] if receives_first else [*waits, *sends, *posts]:
+            steps[rank].append(step)
+        before = links
+    return [f"deadlock: rank {rank} can never {what} {link[0]}>{link[1]}" for rank, (what, link) in _stuck(steps)]
+
+
+def _stuck(steps: list[list[tuple[str, _Link]]]) -> Iterator[tuple[int, tuple[str, _Link]]]:
+    """The first step of each rank that it cannot take, when all have gone as far as they can."""
+    posted: Counter[_Link] = Counter()
+    sent: Counter[_Link] = Counter()
+    at = [0] * len(steps)
+    moved = True
+    while moved:
+        moved = False
+        for rank, mine in enumerate(steps):
+            while at[rank] < len(mine):
+                what, link = mine[at[rank]]
+                if (what == "send" and not posted[link]) or (what == "wait for" and not sent[link]):
+                    break
+                posted[link] += {"post": 1, "send": -1}.get(what, 0)
+                sent[link] += {"send": 1, "wait for": -1}.get(what, 0)
+                at[rank] += 1
+                moved = True
+    return ((rank, mine[i]) for rank, (mine, i) in enumerate(zip(steps, at, strict=True)) if i < len(mine))
 
 
 def _malformed(layout: Layout, block: Block) -> str | None:
@@ -233,9 +277,9 @@ class _Sample:
                     yield f"{state} heads {lo}:{hi}: a pair of tokens of sample {index} is not seen once"
 
 
-def _peak(replay: _Replay, plan: Plan, operand: str) -> int:
+def _peaks(replay: _Replay, plan: Plan, operand: str) -> tuple[int, ...]:
     alive = np.zeros((plan.layout.num_ranks, len(plan.rounds) + 2), int)
     for (rank, block), since in replay.arrived.items():
         if block.operand == operand:
             alive[rank, since : replay.last_use.get((rank, block), since) + 1] += 1
-    return int(alive.max())
+    return tuple(alive.max(axis=1).tolist())

@@ -108,7 +108,7 @@ def test_redundant_kv_moves_history_only() -> None:
 
 def test_a_ring_holds_at_most_the_block_it_reads_and_the_one_to_come() -> None:
     report = check(plan_for("ring_pass_kv", num_ranks=8, num_heads=4, num_kv_heads=2))
-    assert report.peak_kv_blocks == 2 * 3  # of two chunks and history
+    assert max(report.peak_kv_blocks) == 2 * 3  # of two chunks and history
 
 
 def test_plans_are_built_and_proven_once_and_quickly() -> None:
