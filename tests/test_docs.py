@@ -47,7 +47,7 @@ def server(model: Path) -> Iterator[LaunchedServer]:
         yield launched
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if not c.startswith(tuple(NOT_RUN))])
+@pytest.mark.parametrize("command", [c for c in commands() if not c.startswith((*NOT_RUN, "torchrun"))])
 def test_command(command: str, model: Path, server: LaunchedServer, tmp_path: Path) -> None:
     words = [SMALLER.get(word, word) for word in shlex.split(command)]
     words = [str(model) if word == "FOLDER" else word.replace(":30000", f":{server.port}") for word in words]
@@ -69,11 +69,21 @@ def test_command(command: str, model: Path, server: LaunchedServer, tmp_path: Pa
         assert all((tmp_path / name).stat().st_size for name in outputs)
 
 
-def _run(words: list[str], folder: Path) -> None:
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("torchrun")])
+def test_torchrun_command(command: str, tmp_path: Path) -> None:
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)]
+    printed = _run([sys.executable, "-m", "torch.distributed.run", *words[1:]], tmp_path)
+    error = re.search(r"^max error against full attention: (.*)$", printed, re.MULTILINE)
+    assert error and float(error[1]) < 1e-5
+
+
+def _run(words: list[str], folder: Path) -> str:
+    """What the program prints."""
     ran = subprocess.run(
         words, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, timeout=240
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
 
 
 def _serves(make: list[str]) -> None:

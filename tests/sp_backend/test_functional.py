@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,13 @@ from torch import Tensor
 
 import sp_backend
 from sp_backend import functional
-from sp_backend.strategies import STRATEGIES, Options
+from sp_backend.strategies import Options, variants
 from tests.ranks import run_on_ranks
 from tests.sp_backend.dense import full_attention
 
 WORLD = 4  # one pool of processes for all tests
 RAGGED = (37, 1, 3, 0, 12)
-STRATEGY_NAMES = [name for name, strategy in STRATEGIES.items() if strategy.layout == "tokens"]
+PAGE = Path(__file__).parents[2] / "docs" / "library.md"
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,12 @@ def test_every_strategy_on_ragged_batches_with_history(num_ranks: int) -> None:
     check(
         num_ranks,
         [
-            Case(cached=(20, 0, 50, 7, 1), arguments={"strategy": name, "layout": layout, "causal": causal})
-            for name in STRATEGY_NAMES
+            Case(
+                cached=(20, 0, 50, 7, 1),
+                arguments={"strategy": v.strategy, "options": v.options, "layout": layout, "causal": causal},
+            )
+            for v in variants(num_ranks, Case.heads[0])
+            if v.degree is None
             for layout in ("zigzag", "contiguous")
             for causal in (True, False)
         ],
@@ -257,6 +262,37 @@ def test_what_does_not_fit_is_refused_by_name_on_every_rank() -> None:
     for messages in run_on_ranks(WORLD, refusals)[:2]:
         for pattern, message in zip([*REFUSED, *DIFFERENT], messages, strict=True):
             assert re.search(pattern, message), f"{message!r} does not say {pattern!r}"
+
+
+def run_snippets(rank: int, size: int, snippets: list[str]) -> tuple[int, ...]:
+    """The page's code, on two sequences as it says, with a model of random keys and values."""
+    group = dist.new_group([0, 1])
+    if rank > 1:
+        return ()
+
+    def model(ids: Tensor, positions: Tensor) -> list[Tensor]:
+        assert ids.shape == positions.shape
+        return [torch.randn(len(ids), heads, 8) for heads in (4, 2, 2)]
+
+    cached = [1200, 805][rank]
+    names: dict[str, Any] = {
+        "token_ids": torch.arange(3037),
+        "model": model,
+        "cached_k": torch.randn(cached, 2, 8),
+        "cached_v": torch.randn(cached, 2, 8),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "process_group", lambda given: group)  # the page has 2 ranks in all
+        for snippet in snippets:
+            exec(snippet, names)
+    return names["out"].shape, names["full"].shape
+
+
+def test_the_snippets_of_the_page_run() -> None:
+    snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    results = run_on_ranks(WORLD, run_snippets, snippets)
+    assert [out[0] for out, _ in results[:2]] == [1519, 1518]
+    assert all(full == (3037, 4, 8) for _, full in results[:2])
 
 
 def test_without_torch_distributed_it_says_what_to_call() -> None:
