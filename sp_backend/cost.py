@@ -126,6 +126,26 @@ class PlanCost:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Messages of some ranks: those of ranks[i] are messages[starts[i] : starts[i + 1]]."""
+
+    ranks: NDArray[np.intp]
+    messages: NDArray[np.intp]
+    starts: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[int, int]]) -> _Groups:
+        """pairs: (rank, message), by ascending rank."""
+        starts = [i for i, (rank, _) in enumerate(pairs) if i == 0 or rank != pairs[i - 1][0]]
+        ranks, messages = [pairs[i][0] for i in starts], [message for _, message in pairs]
+        return cls(np.array(ranks, np.intp), np.array(messages, np.intp), np.array(starts, np.intp))
+
+    def reduce(self, ufunc: np.ufunc, values: Floats) -> Floats:
+        """[ranks, batches] of values [messages, batches]"""
+        return np.asarray(ufunc.reduceat(values[self.messages], self.starts, axis=0))
+
+
 class _Links:
     """Which messages of a round meet on which resources, as index arrays."""
 
@@ -138,6 +158,7 @@ class _Links:
         self.dst = np.array([m.dst for m in ops.messages], np.intp)
         self.latency = np.array([pairs[m.src, m.dst].latency for m in ops.messages])
         self.of_round: list[NDArray[np.intp]] = []
+        self.at_rank: list[_Groups] = []  # messages that a rank sends or receives
         self.shared: list[list[tuple[NDArray[np.intp], NDArray[np.intp]]]] = []  # (resources, their messages) by number
         for i in range(len(ops.rounds)):
             mine = [k for k, m in enumerate(ops.messages) if m.round == i]
@@ -149,6 +170,8 @@ class _Links:
             for resource, messages in users.items():
                 by_number[len(messages)].append(resource)
             self.of_round.append(np.array(mine, np.intp))
+            ends = [(rank, k) for k in mine for rank in (ops.messages[k].src, ops.messages[k].dst)]
+            self.at_rank.append(_Groups.of(sorted(ends)))
             self.shared.append(
                 [(np.array(rs, np.intp), np.array([users[r] for r in rs], np.intp)) for rs in by_number.values()]
             )
@@ -218,11 +241,13 @@ class _Clock:
         self.rounds.append((compute, transfer, self._exposed - waited))
 
     def _wait(self, waits: Sequence[tuple[int, int]]) -> None:
+        """waits: (rank, message), by ascending rank."""
         if waits:
-            ranks, messages = np.array(waits, np.intp).T
-            before = self._now.copy()
-            np.maximum.at(self._now, ranks, self._end[messages])
-            self._exposed += self._now - before
+            groups = _Groups.of(waits)
+            before = self._now[groups.ranks]
+            after = np.maximum(before, groups.reduce(np.maximum, self._end))
+            self._now[groups.ranks] = after
+            self._exposed[groups.ranks] += after - before
 
     def _merge(self, folds: Iterable[tuple[int, Fold]]) -> None:
         for rank, fold in folds:
@@ -234,24 +259,25 @@ class _Clock:
         busy = np.zeros_like(self._now)
         if not len(mine):
             return busy
-        size, src, dst = self._bytes[mine], links.src[mine], links.dst[mine]
+        size = self._bytes[mine]
         start = np.zeros_like(self._bytes)
-        start[mine] = np.maximum(posted[src], received[dst])
+        start[mine] = np.maximum(posted[links.src[mine]], received[links.dst[mine]])
         for resources, messages in links.shared[index]:
             capacity, sizes = links.capacity[resources][:, None, None], self._bytes[messages]
             free = self._busy[resources]
             begin = np.where(sizes > 0, start[messages], np.inf).min(1)
             end = np.maximum(start[messages], free[:, None]) + _shared(sizes) / capacity
-            np.maximum.at(self._end, messages.ravel(), end.reshape(-1, end.shape[-1]))
+            for users, ends in zip(messages, end, strict=True):
+                self._end[users] = np.maximum(self._end[users], ends)
             used = np.isfinite(begin)
             until = np.maximum(free, np.where(used, begin, 0.0)) + sizes.sum(1) / capacity[:, 0]
             self._busy[resources] = np.where(used, until, free)
         self._end[mine] = np.where(size > 0, self._end[mine] + links.latency[mine][:, None], 0.0)
-        first, last = np.full_like(busy, np.inf), np.zeros_like(busy)
-        for ends in (src, dst):
-            np.minimum.at(first, ends, np.where(size > 0, start[mine], np.inf))
-            np.maximum.at(last, ends, self._end[mine])
-        return np.where(np.isfinite(first), last - np.where(np.isfinite(first), first, 0.0), busy)
+        start[mine] = np.where(size > 0, start[mine], np.inf)
+        ends_at = links.at_rank[index]
+        first, last = ends_at.reduce(np.minimum, start), ends_at.reduce(np.maximum, self._end)
+        busy[ends_at.ranks] = np.where(np.isfinite(first), last - np.where(np.isfinite(first), first, 0.0), 0.0)
+        return busy
 
     def _attend(self, ranks: Sequence[RankOps]) -> Floats:
         """Kernel calls in order, the k-th of every rank together; returns each rank's seconds of compute."""
@@ -297,6 +323,7 @@ class _Work:
         kinds: dict[bytes, int] = {}
         self._kind = [kinds.setdefault(row.tobytes(), chunk) for chunk, row in enumerate(np.ascontiguousarray(flat))]
         self._rows_of: dict[tuple[int, tuple[int, int]], Floats] = {}
+        self._merge_seconds: dict[tuple[int, int], Floats] = {}
         self._pair_seconds: dict[tuple[object, ...], Floats] = {}
 
     def sequence_rows(self, block: Block) -> Ints:
@@ -315,7 +342,11 @@ class _Work:
 
     def merge_seconds(self, block: Block) -> Floats:
         heads = block.heads[1] - block.heads[0]
-        return self.rows_of(block) * heads * (self._shape.head_dim + 1) * 4 / self._rates.merge_bytes
+        key = self._kind[block.chunk], heads
+        if key not in self._merge_seconds:
+            state_bytes = self.rows_of(block) * heads * (self._shape.head_dim + 1) * 4
+            self._merge_seconds[key] = state_bytes / self._rates.merge_bytes
+        return self._merge_seconds[key]
 
     def tokens(self) -> Floats:
         """New tokens of the rank that has most; layout heads: its share of the work on all of them."""

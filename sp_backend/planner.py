@@ -27,14 +27,14 @@ from sp_backend.topology import Floats, Machine
 
 OFF: Final = Variant("local")
 OFF_MARGIN: Final = 0.03  # a spread plan must be predicted to be faster by this
-TIE: Final = 0.01  # a variant is kept for what it gains over the others kept
+TIE: Final = 0.02  # a variant is kept for what it gains over the others kept
 HIDDEN: Final = 0.03  # share of a step that communication may cost and be called hidden
 
-_NEW: Final = tuple(2**k for k in range(4, 21))  # new tokens of a step
+_NEW: Final = tuple(round(2 ** (k / 2)) for k in range(12, 41))  # new tokens of a step
 _CACHED_UNIT: Final = 256
 _CACHED: Final = tuple(_CACHED_UNIT * (2**k - 1) for k in range(0, 14))
-_PROMPTS: Final = (1, 4, 16, 64)
-_POINTS: Final = 300_000  # of the table, times ranks: above this its grid is coarser
+_PROMPTS: Final = (1, 8, 64)
+_FINE: Final = 8  # ranks up to which the table is fine: the cost of a plan grows with their square
 
 Batch = Sequence[tuple[int, int]]  # (new, cached) tokens of each prompt
 
@@ -273,10 +273,9 @@ class _Grid:
 
     @classmethod
     def of(cls, num_ranks: int) -> _Grid:
-        step = 1
-        while len(_NEW[::step]) * len(_CACHED[::step]) * len(_PROMPTS) * num_ranks**2 > _POINTS and step < 3:
-            step += 1
-        return cls(_NEW[::step], _CACHED[::step], _PROMPTS[:: 3 if step > 1 else 1])
+        if num_ranks <= _FINE:
+            return cls(_NEW, _CACHED, _PROMPTS)
+        return cls(_NEW[::4], _CACHED[::3], _PROMPTS[::2])
 
     @property
     def shape(self) -> tuple[int, int, int]:
