@@ -51,7 +51,7 @@ class PlanChooser:
         """threshold: new tokens from which on a prompt is spread; None: where that is predicted to pay."""
         self._num_ranks = backend.sp_size
         self._always_spread = backend.layout == "heads"
-        self._strategy = backend.strategy
+        self._plan = str(backend.variant)
         self._short = SHORT if threshold is None else threshold
         self._threshold = self._short if planner is None else threshold
         self._planner = planner
@@ -79,6 +79,6 @@ class PlanChooser:
 
     def _choose(self, degree: int, batch: Sequence[tuple[int, int]]) -> PlanChoice:
         if self._planner is None:
-            return PlanChoice(self._strategy, "the only plan of this server")
+            return PlanChoice(self._plan, "the only plan for spread prompts here")
         choice = self._planner.choose(batch, degree)
         return PlanChoice(str(choice.variant), choice.reason, choice.seconds)

@@ -14,11 +14,11 @@ from typing import NoReturn
 
 from scheduler.config import SchedulerConfig
 from sp_backend import strategies
-from sp_backend.config import LAYOUTS
+from sp_backend.config import AUTO, LAYOUTS
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 SCHEDULER = SchedulerConfig()  # its defaults are ours
-STRATEGIES = {  # the first one of a layout is its default
+STRATEGIES = {  # by layout
     layout: tuple(name for name, strategy in strategies.STRATEGIES.items() if strategy.layout == layout)
     for layout in LAYOUTS
 }
@@ -113,7 +113,14 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
     add("--tp-size", "--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share heads")
     add("--sp-layout", choices=tuple(STRATEGIES), default="tokens", help="what SP ranks split outside attention")
     names = tuple(name for of_layout in STRATEGIES.values() for name in of_layout)
-    add("--sp-strategy", "--cp-strategy", choices=names, help="plan of long prefills (default: by layout)")
+    add(
+        "--sp-strategy",
+        "--cp-strategy",
+        choices=(AUTO, *names),
+        default=AUTO,
+        help="plan of long prefills (default: auto, the fastest one predicted for each step)",
+    )
+    _add_strategy_options(group)
     add("--sp-redundant-kv", action="store_true", help="layout heads: each rank computes the new keys of all tokens")
     add(
         "--sp-threshold",
@@ -127,6 +134,16 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
     add("--threads-per-rank", type=int, metavar="N", help="default: cores / ranks")
     add("--oversubscribe", action="store_true", help="allow more ranks than cores (slow; for tests)")
     add("--dist-timeout", type=float, default=300.0, metavar="SECONDS", help="limit of one transfer between ranks")
+
+
+def _add_strategy_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--sp-window-size", type=int, metavar="N", help="double_ring: ranks of an inner ring")
+    add("--sp-ulysses-degree", type=int, metavar="N", help="hybrid: ranks that trade heads for tokens")
+    add("--sp-num-rings", type=int, metavar="N", help="hamilton: rings that each carry a piece of the keys")
+    add("--sp-mapping", metavar="FILE", help="hamilton: rings of your own (JSON: path_num, in_mapping, out_mapping)")
+    add("--sp-overlap", choices=(AUTO, "on", "off"), default=AUTO, help="attend while blocks travel (auto: on)")
+    add("--sp-topology", metavar="FILE", help="links and rates, as a file or a preset's name (default: measured)")
 
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 from scheduler.config import SchedulerConfig
 from server.arguments import DEFAULT_MODEL, STRATEGIES, UsageError, parse
-from sp_backend.config import BackendConfig
+from sp_backend.catalog import ITEMSIZE
+from sp_backend.config import AUTO, BackendConfig
 from sp_backend.models.config import ModelConfig, check_parallel
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from sp_backend.strategies import FLAGS, Options, Variant, plan_for
+from sp_backend.strategies.mapping import read_cycles
+from sp_backend.topology import load_machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class ServerConfig:
 
     def summary(self) -> dict[str, Any]:
         """The resolved values, for the log and /server_info. Secrets are left out."""
-        backend = {name: getattr(self.backend, name) for name in self.backend.__struct_fields__}
+        backend = msgspec.to_builtins(self.backend)
         scheduler = {name: getattr(self.scheduler, name) for name in self.scheduler.__dataclass_fields__}
         return {
             **backend,
@@ -138,8 +141,8 @@ def _check_parallel(args: argparse.Namespace, model: ModelConfig) -> None:
             f"--sp-size {args.sp_size} x --tp-size {args.tp_size} needs {world} cores, this machine has {cores} "
             f"(--oversubscribe runs it nevertheless, slowly)"
         )
-    fitting = STRATEGIES[args.sp_layout]
-    if args.sp_strategy not in (None, *fitting):
+    fitting = (AUTO, *STRATEGIES[args.sp_layout])
+    if args.sp_strategy not in fitting:
         raise UsageError(
             f"--sp-strategy {args.sp_strategy} does not run with --sp-layout {args.sp_layout}; "
             f"that layout has: {', '.join(fitting)}"
@@ -147,6 +150,35 @@ def _check_parallel(args: argparse.Namespace, model: ModelConfig) -> None:
     if args.sp_redundant_kv and args.sp_layout != "heads":
         raise UsageError("--sp-redundant-kv needs --sp-layout heads")
     check_parallel(model, args.tp_size, args.sp_size, args.sp_layout)
+    _check_strategy(args, model)
+
+
+def _check_strategy(args: argparse.Namespace, model: ModelConfig) -> None:
+    """Builds and proves the named plan: whatever does not fit is known before a worker starts."""
+    options = _options(args)
+    if args.sp_strategy == AUTO:
+        for name in options.given():
+            raise UsageError(f"{FLAGS[name]} needs a --sp-strategy that takes it, not {AUTO}")
+    elif args.sp_size > 1:
+        try:
+            plan_for(
+                Variant(args.sp_strategy, options),
+                num_ranks=args.sp_size,
+                num_heads=model.num_heads // args.tp_size,
+                num_kv_heads=model.num_kv_heads // args.tp_size,
+                redundant_kv=args.sp_redundant_kv,
+            )
+        except ValueError as error:
+            raise UsageError(f"--sp-strategy {args.sp_strategy} --sp-size {args.sp_size}: {error}") from error
+
+
+def _options(args: argparse.Namespace) -> Options:
+    return Options(
+        window_size=args.sp_window_size,
+        ulysses_degree=args.sp_ulysses_degree,
+        num_rings=args.sp_num_rings,
+        cycles=None if args.sp_mapping is None else read_cycles(args.sp_mapping),
+    )
 
 
 def num_cores() -> int:
@@ -156,8 +188,13 @@ def num_cores() -> int:
 def _warnings(args: argparse.Namespace) -> list[str]:
     result = []
     if args.sp_size == 1:
-        unused = [("--sp-strategy", args.sp_strategy), ("--sp-redundant-kv", args.sp_redundant_kv)]
-        result += [f"{flag} has no effect with --sp-size 1" for flag, given in unused if given]
+        unused = {
+            "--sp-strategy": args.sp_strategy != AUTO,
+            "--sp-redundant-kv": args.sp_redundant_kv,
+            "--sp-overlap": args.sp_overlap != AUTO,
+            "--sp-topology": args.sp_topology is not None,
+        }
+        result += [f"{flag} has no effect with --sp-size 1" for flag, given in unused.items() if given]
     return result
 
 
@@ -205,9 +242,11 @@ def _sampling_defaults(folder: Path) -> dict[str, float]:
 def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context_length: int) -> BackendConfig:
     world = args.sp_size * args.tp_size
     dtype = _dtype(args.dtype, model.dtype)
+    if args.sp_topology is not None:
+        _check_topology(args)
     num_pages = kv_memory = None
     if args.max_total_tokens is None:
-        kv_memory = _kv_memory(args, model, DTYPE_BYTES[dtype])
+        kv_memory = _kv_memory(args, model, ITEMSIZE[dtype])
     else:
         num_pages = -(-args.max_total_tokens // (args.page_size * args.sp_size))
     return BackendConfig(
@@ -217,7 +256,10 @@ def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context
         tp_size=args.tp_size,
         sp_size=args.sp_size,
         layout=args.sp_layout,
-        strategy=args.sp_strategy or STRATEGIES[args.sp_layout][0],
+        strategy=args.sp_strategy,
+        options=_options(args),
+        overlap=args.sp_overlap != "off",
+        topology=args.sp_topology,
         redundant_kv=args.sp_redundant_kv,
         kernel=args.attention_backend,
         page_size=args.page_size,
@@ -228,6 +270,13 @@ def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context
         seed=args.random_seed,
         dist_timeout=args.dist_timeout,
     )
+
+
+def _check_topology(args: argparse.Namespace) -> None:
+    try:
+        load_machine(args.sp_topology, args.sp_size)
+    except ValueError as error:
+        raise UsageError(f"--sp-topology {args.sp_topology}: {error}") from error
 
 
 def _scheduler(args: argparse.Namespace) -> SchedulerConfig:
@@ -259,7 +308,7 @@ def _kv_memory(args: argparse.Namespace, model: ModelConfig, dtype_bytes: int) -
     """Bytes for the KV pages of one rank: its share of the allowed memory after weights."""
     world: int = args.sp_size * args.tp_size
     copies = args.sp_size if args.sp_layout == "tokens" else 1
-    weights = _num_parameters(model) * dtype_bytes * copies
+    weights = model.num_parameters * dtype_bytes * copies
     allowed = int(available_memory() * args.mem_fraction_static)
     if allowed <= weights:
         raise UsageError(
@@ -276,10 +325,3 @@ def available_memory() -> int:
     if limit.exists() and (text := limit.read_text().strip()) != "max":
         available = min(available, int(text) - int(used.read_text()))
     return available
-
-
-def _num_parameters(model: ModelConfig) -> int:
-    heads = model.num_heads * 2 + model.num_kv_heads * 2
-    layer = model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size)
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return model.num_layers * layer + embeddings

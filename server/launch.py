@@ -22,11 +22,12 @@ from scheduler.worker_pool import WorkerFailed, WorkerPool
 from server.app import create_app
 from server.arguments import UsageError
 from server.chat_template import ChatTemplate
-from server.config import DTYPE_BYTES, HttpConfig, ServerConfig, load
+from server.config import HttpConfig, ServerConfig, load
 from server.generation import Client
 from server.lifecycle import run
 from server.service import Service
 from server.tokenizer import Tokenizer
+from sp_backend.catalog import ITEMSIZE, planner_for
 
 log = logging.getLogger("server.launch")
 Connect = Callable[[ServerConfig], AbstractContextManager[Client]]
@@ -70,7 +71,8 @@ def run_workers(config: ServerConfig) -> Iterator[Client]:
         pool.start(progress=show)
     log.info("Weights: %.2f GB in each rank", max(ready.weight_bytes for ready in pool.ready) / 1e9)
     try:
-        client = SchedulerClient(config.scheduler, config.backend, pool, pool.num_pages)
+        planner = planner_for(config.backend, config.model, pool.ready[0].machine)
+        client = SchedulerClient(config.scheduler, config.backend, pool, pool.num_pages, planner)
         client.start()
         try:
             yield client
@@ -122,7 +124,7 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
 def _log_capacity(config: ServerConfig, client: Client) -> None:
     stats, backend, model = client.stats(), config.backend, config.model
     tokens = stats.num_pages * backend.page_size
-    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * DTYPE_BYTES[backend.dtype]
+    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * ITEMSIZE[backend.dtype]
     log.info(
         "max_total_num_tokens=%d context_len=%d longest_request=%d kv_cache=%.2f GB ranks=%d (sp %d x tp %d)",
         tokens,

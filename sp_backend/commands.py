@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from sp_backend.config import BackendConfig
+from sp_backend.topology import Machine
 
 
 class WorkerStart(msgspec.Struct, frozen=True):
@@ -104,6 +105,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     page_size: int
     plan_digests: dict[str, str]
     weight_bytes: int
+    machine: Machine | None = None  # its links and rates, if plans are chosen by prediction
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from sp_backend.strategies import Options, Variant
+
 LAYOUTS = ("tokens", "heads")
+AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -21,7 +24,10 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     tp_size: int = 1
     sp_size: int = 1
     layout: str = "tokens"  # one of LAYOUTS
-    strategy: str = "ring_pass_kv"  # the plan of spread prefills
+    strategy: str = "ring_pass_kv"  # the plan of spread prefills; AUTO: chosen for each step by prediction
+    options: Options = Options()  # of that strategy
+    overlap: bool = True  # attend while blocks travel
+    topology: str | None = None  # a file or preset with links and rates; None: measured at start
     redundant_kv: bool = False  # layout heads: every rank computes K/V of all new tokens
     kernel: str = "torch_cpu"
     page_size: int = 64
@@ -31,6 +37,12 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int = 1
     seed: int = 0  # dummy weights
     dist_timeout: float = 300.0  # seconds any collective or transfer may take
+
+    @property
+    def variant(self) -> Variant:
+        """What spread prefills run if nothing is chosen."""
+        default = "sharded_q" if self.layout == "heads" else "ring_pass_kv"
+        return Variant(default if self.strategy == AUTO else self.strategy, self.options)
 
     @property
     def world_size(self) -> int:

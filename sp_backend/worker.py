@@ -21,6 +21,7 @@ import zmq
 
 from sp_backend.batch import BatchBuilder, LocalBatch
 from sp_backend.buffers import BufferPool
+from sp_backend.catalog import planner_for, plans_for
 from sp_backend.commands import (
     Failure,
     Loading,
@@ -43,29 +44,13 @@ from sp_backend.models.config import ModelConfig
 from sp_backend.models.decoder import Decoder
 from sp_backend.models.weights import Progress
 from sp_backend.parallel import Collectives, NoCollectives, Shard
-from sp_backend.plan import Plan
 from sp_backend.sampling import sample
-from sp_backend.strategies import plan_for
+from sp_backend.topology import Machine, load_machine
 from sp_backend.transport import Transport
 from sp_backend.transport.collectives import GroupCollectives
 from sp_backend.transport.gloo import GlooTransport
 
 logger = logging.getLogger(__name__)
-
-
-def plans_of(config: BackendConfig, model: ModelConfig) -> dict[str, Plan]:
-    """Every plan that a step may name, built and proved."""
-    sizes = {
-        "num_ranks": config.sp_size,
-        "num_heads": model.num_heads // config.tp_size,
-        "num_kv_heads": model.num_kv_heads // config.tp_size,
-    }
-    heads = config.layout == "heads"
-    return {
-        config.strategy: plan_for(config.strategy, redundant_kv=config.redundant_kv, **sizes),
-        "decode": plan_for("decode", kind="heads" if heads else "home", **sizes),
-        "local": plan_for("local", **sizes),
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +78,22 @@ def connect(config: BackendConfig, rank: int) -> Links:
 class Worker:
     """One rank: its part of the weights, its pages, its side of every plan."""
 
-    def __init__(self, config: BackendConfig, rank: int, links: Links, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: BackendConfig,
+        rank: int,
+        links: Links,
+        progress: Progress | None = None,
+        machine: Machine | None = None,
+    ) -> None:
         self._config = config
         self._rank = rank
+        self._machine = machine
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
         model = ModelConfig.load(config.model_path)
         shard = Shard.of_rank(rank, config.tp_size, config.sp_size, config.layout)
         self._shard = shard
-        self._plans = plans_of(config, model)
+        self._plans = plans_for(config, model, planner_for(config, model, machine))
         self.decoder = Decoder(model, shard, dtype, device, links.collectives)
         if config.load_format == "dummy":
             self.decoder.fill_dummy(config.seed)
@@ -145,6 +138,7 @@ class Worker:
             page_size=self._config.page_size,
             plan_digests={name: plan.digest for name, plan in self._plans.items()},
             weight_bytes=self.decoder.weight_bytes,
+            machine=self._machine,
         )
 
     def step(self, step: Step) -> StepResult:
@@ -252,7 +246,16 @@ def _build(start: WorkerStart, socket: zmq.Socket[bytes]) -> Worker:
         timeout=timedelta(seconds=config.dist_timeout),
     )
     links = connect(config, start.rank)
-    return Worker(config, start.rank, links, lambda done, total: socket.send(encode(Loading(start.rank, done, total))))
+    machine = _machine(config)
+    progress: Progress = lambda done, total: socket.send(encode(Loading(start.rank, done, total)))  # noqa: E731
+    return Worker(config, start.rank, links, progress, machine)
+
+
+def _machine(config: BackendConfig) -> Machine | None:
+    """What plans are chosen for, equal on all ranks; None where there is no choice."""
+    if config.sp_size == 1 or config.layout == "heads" or config.topology is None:
+        return None
+    return load_machine(config.topology, config.sp_size)
 
 
 def _die_with(parent: int) -> None:

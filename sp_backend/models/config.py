@@ -52,6 +52,17 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     dtype: str  # of the checkpoint, one of DTYPES
 
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer's projections and MLP."""
+        heads = 2 * self.num_heads + 2 * self.num_kv_heads
+        return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+
+    @property
+    def num_parameters(self) -> int:
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * self.layer_parameters + embeddings
+
     @classmethod
     def load(cls, folder: str | Path) -> ModelConfig:
         """Reads config.json and generation_config.json; ValueError names the file and the field at fault."""

@@ -71,6 +71,12 @@ def test_names_that_users_type(words: str, name: str, value: object) -> None:
         ("--sp-size 5 --sp-layout heads", ["--sp-size 5", "--sp-layout heads", "12 query heads"]),
         ("--sp 2 --sp-strategy sharded_q", ["--sp-strategy sharded_q", "--sp-layout tokens", "ring_pass_kv"]),
         ("--sp 2 --sp-layout heads --sp-strategy token_ring", ["--sp-strategy token_ring", "--sp-layout heads"]),
+        ("--sp 2 --sp-window-size 2", ["--sp-window-size", "--sp-strategy", "auto"]),
+        ("--sp 2 --sp-strategy token_ring --sp-num-rings 1", ["--sp-num-rings", "token_ring", "hamilton"]),
+        ("--sp 4 --oversubscribe --sp-strategy hybrid --sp-ulysses-degree 3", ["--sp-ulysses-degree", "1, 2, 4"]),
+        ("--sp 4 --oversubscribe --sp-strategy hamilton --sp-mapping /no/file", ["--sp-mapping", "/no/file"]),
+        ("--sp 2 --sp-topology abacus-2", ["--sp-topology", "abacus-2", "nvlink4-8"]),
+        ("--sp 16 --oversubscribe --sp-topology nvlink4-8", ["--sp-topology", "8 ranks", "16"]),
         ("--sp 2 --sp-redundant-kv", ["--sp-redundant-kv", "--sp-layout heads"]),
         ("--device cuda", ["--device cuda", "cpu"]),
         ("--model-path /no/such/folder", ["--model-path /no/such/folder", "no such folder"]),
@@ -106,7 +112,7 @@ def test_defaults_are_resolved() -> None:
     assert config.backend.model_path == str(DEFAULT_MODEL)
     assert config.backend.dtype in ("bfloat16", "float32")
     assert config.backend.num_threads == 12
-    assert config.backend.strategy == "ring_pass_kv"
+    assert config.backend.strategy == "auto"
     assert config.backend.num_pages is None and (config.backend.kv_memory_bytes or 0) > 2**20
     assert config.backend.context_length == config.model.max_position_embeddings
     assert config.http.served_model_names == ("default",)
@@ -114,7 +120,24 @@ def test_defaults_are_resolved() -> None:
 
 
 def test_layout_heads_has_its_own_strategy() -> None:
-    assert load(["--sp", "2", "--sp-layout", "heads"]).backend.strategy == "sharded_q"
+    assert str(load(["--sp", "2", "--sp-layout", "heads"]).backend.variant) == "sharded_q"
+
+
+def test_a_strategy_takes_its_options() -> None:
+    flags = (
+        "--sp 4 --oversubscribe --sp-strategy double_ring --sp-window-size 2 --sp-overlap off --sp-topology nvlink4-8"
+    )
+    backend = load(flags.split()).backend
+    assert (str(backend.variant), backend.overlap) == ("double_ring(window_size=2)", False)
+    assert backend.topology == "nvlink4-8"
+
+
+def test_a_mapping_file_gives_the_rings(tmp_path: Path) -> None:
+    file = tmp_path / "rings.json"
+    rings = {"path_num": 1, "in_mapping": [[-1, 0], [0, -1]], "out_mapping": [[-1, 0], [0, -1]]}
+    file.write_text(json.dumps(rings))
+    backend = load(["--sp", "2", "--oversubscribe", "--sp-strategy", "hamilton", "--sp-mapping", str(file)]).backend
+    assert backend.options.cycles == ((0, 1),)
 
 
 def test_total_tokens_are_shared_by_sp_ranks() -> None:

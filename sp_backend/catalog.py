@@ -1,0 +1,60 @@
+"""The plans of one server: which ones its workers build, and the planner that chooses among them. Pure: no torch.
+
+Workers and the controller each make both from the same machine, and so come to the same; digests are compared.
+"""
+
+from __future__ import annotations
+
+from sp_backend.config import AUTO, BackendConfig
+from sp_backend.cost import ModelShape
+from sp_backend.layout import Kind
+from sp_backend.models.config import ModelConfig
+from sp_backend.plan import Plan
+from sp_backend.planner import Planner
+from sp_backend.strategies import Variant, plan_for
+from sp_backend.topology import Machine
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def shape_of(config: BackendConfig, model: ModelConfig) -> ModelShape:
+    """One SP group's share of the model."""
+    return ModelShape(
+        num_heads=model.num_heads // config.tp_size,
+        num_kv_heads=model.num_kv_heads // config.tp_size,
+        head_dim=model.head_dim,
+        num_layers=model.num_layers,
+        itemsize=ITEMSIZE[config.dtype],
+        dense_flops=2 * model.num_layers * model.layer_parameters / config.tp_size,
+    )
+
+
+def planner_for(config: BackendConfig, model: ModelConfig, machine: Machine | None) -> Planner | None:
+    """None where there is nothing to choose: one rank, layout heads, or no machine to predict for.
+
+    Raises ValueError if the machine has too few ranks.
+    """
+    if machine is None or config.sp_size == 1 or config.layout == "heads":
+        return None
+    return Planner(
+        machine,
+        shape_of(config, model),
+        config.sp_size,
+        kind="zigzag",
+        page_size=config.page_size,
+        candidates=None if config.strategy == AUTO else [Variant(config.strategy, config.options)],
+    )
+
+
+def plans_for(config: BackendConfig, model: ModelConfig, planner: Planner | None) -> dict[str, Plan]:
+    """Every plan that a step may name, built and proved."""
+    heads = config.layout == "heads"
+    kind: Kind = "heads" if heads else "home"
+    spread = [config.variant] if planner is None else planner.winners
+    sizes = {
+        "num_ranks": config.sp_size,
+        "num_heads": model.num_heads // config.tp_size,
+        "num_kv_heads": model.num_kv_heads // config.tp_size,
+    }
+    plans = {str(variant): plan_for(variant, redundant_kv=config.redundant_kv, **sizes) for variant in spread}
+    return plans | {"decode": plan_for("decode", kind=kind, **sizes), "local": plan_for("local", **sizes)}
