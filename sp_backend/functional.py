@@ -1,32 +1,24 @@
 """Sequence-parallel attention in a program of one's own: its process group, its tensors, one function.
 
-The ranks of a group call each function together, with their own shard and otherwise equal arguments. What a call
-needs (connections, the proved plan, buffers) is made at the first such call and kept as long as the group.
+The ranks of a group call each function together, with their own shard and otherwise equal arguments.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from sp_backend.buffers import BufferPool
 from sp_backend.config import DTYPES
-from sp_backend.execute import Counters, Executor
-from sp_backend.geometry import Geometry
-from sp_backend.kernels import get_kernel
+from sp_backend.engine import Problem, agree, all_gather, engine_of
+from sp_backend.execute import Counters
 from sp_backend.layout import Kind
-from sp_backend.schedule import Schedule
 from sp_backend.shards import Shards, cut, from_rows, full_lengths, to_rows
-from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for
-from sp_backend.transport import Message, Transport
-from sp_backend.transport.gloo import GlooTransport, ProcessGroup, process_group
+from sp_backend.strategies import Options, Variant
+from sp_backend.transport import Transport
+from sp_backend.transport.gloo import ProcessGroup
 
 
 class History(NamedTuple):
@@ -73,7 +65,7 @@ def attention(
     scale: of the scores; None: head_dim ** -0.5.
 
     Returns out, in the format and dtype of q, and with `return_lse` also the log-sum-exp of each row's scores: natural
-    log, fp32, the shape of q as [.., heads, head_dim] without head_dim. A row without keys has out 0 and lse -inf.
+    log, fp32, the shape of q as [.., heads, head_dim] without head_dim.
 
     Raises ValueError, naming the argument, for whatever does not fit; also if ranks call it with different arguments,
     as long as none of them has been through with the same ones before. RuntimeError: a rank did not answer in time.
@@ -82,7 +74,7 @@ def attention(
     q, k, v = _heads_apart(q, k, v, input_format, num_heads)
     query, key, value = (to_rows(x, input_format) for x in (q, k, v))
     _check_tensors(query, key, value)
-    ranks = _ranks_of(group)
+    engine = engine_of(group)
     problem = Problem(
         strategy=Variant(strategy, options or Options()),
         layout=layout,
@@ -94,10 +86,11 @@ def attention(
         scale=scale,
     )
     history = None if history is None else History(*history)
-    cached = _check_history(history, key, len(full), ranks.transport)
-    _check_rows(query.shape[0], cut(layout, ranks.transport.size, full), ranks.transport.rank)
+    held = None if history is None else (history.k, history.v)
+    cached = _check_history(history, key, len(full), engine.transport)
+    _check_rows(query.shape[0], cut(layout, engine.transport.size, full), engine.transport.rank)
     with torch.no_grad():
-        out, lse = ranks.prepare(problem, full, cached).run(query, key, value, history)
+        out, lse = engine.prepare(problem, full, cached).run(query, key, value, held)
     result = from_rows(out, input_format, len(full))
     if input_format.endswith("H"):
         result = result.flatten(-2)
@@ -116,7 +109,7 @@ def shard(
 
     Rows go sequence by sequence, by position in each. Ids, embeddings and q, k, v are cut alike.
     """
-    transport = _ranks_of(group).transport
+    transport = engine_of(group).transport
     full = full_lengths(lengths, input_format, x)
     rows = to_rows(x, input_format)
     if rows.shape[0] != sum(full):
@@ -134,16 +127,16 @@ def unshard(
     input_format: str = "TND",
 ) -> Tensor:
     """The full tensor, on every rank, from what `shard` or `attention` gave to each."""
-    transport = _ranks_of(group).transport
+    transport = engine_of(group).transport
     full = full_lengths(lengths, input_format, x)
     shards = cut(layout, transport.size, full)
     rows = to_rows(x, input_format).contiguous()
     _check_rows(rows.shape[0], shards, transport.rank)
-    _agree(transport, {"lengths": full, "layout": layout, "x's dtype": x.dtype, "x's shape": rows.shape[1:]})
+    agree(transport, {"lengths": full, "layout": layout, "x's dtype": x.dtype, "x's shape": rows.shape[1:]})
     whole = rows.new_empty(sum(full), *rows.shape[1:])
     parts = [rows.new_empty(shards.num_rows(r), *rows.shape[1:]) for r in range(transport.size)]
     parts[transport.rank] = rows
-    _all_gather(transport, [part.view(-1).view(torch.uint8) for part in parts])
+    all_gather(transport, [part.view(-1).view(torch.uint8) for part in parts])
     for rank, part in enumerate(parts):
         whole[shards.tokens(rank)] = part
     return from_rows(whole, input_format, len(full))
@@ -161,7 +154,7 @@ def position_ids(
     start: of each sequence's first token, which is the number of tokens that it has cached. With a batch axis, give
     `lengths` as an int for the positions of one sequence, which are those of all.
     """
-    transport = _ranks_of(group).transport
+    transport = engine_of(group).transport
     full = full_lengths(lengths, "TND")
     starts = [start] * len(full) if isinstance(start, int) else list(start)
     if len(starts) != len(full):
@@ -171,128 +164,7 @@ def position_ids(
 
 def counters(group: ProcessGroup | None = None) -> Counters:
     """What this rank's calls of `attention` over a group have sent, waited for and computed, in all."""
-    return _ranks_of(group).counters()
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What a plan and its executor are made for."""
-
-    strategy: Variant
-    layout: Kind
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    causal: bool
-    scale: float | None
-
-
-class _Batch(NamedTuple):
-    """A batch's sizes, worked out: run it once a layer."""
-
-    executor: Executor
-    schedule: Schedule
-    chunks: dict[int, slice]
-    by_chunk: Tensor | None
-
-    def run(self, q: Tensor, k: Tensor, v: Tensor, history: History | None) -> tuple[Tensor, Tensor]:
-        """[rows, heads, head_dim] in q's dtype and [rows, heads] fp32, from packed rows, in their order."""
-        if self.by_chunk is not None:
-            q, k, v = (x.index_select(0, self.by_chunk) for x in (q, k, v))
-        q, kv = q.contiguous(), torch.stack((k, v), 1)
-        held = {chunk: kv[rows] for chunk, rows in self.chunks.items()}
-        if history is not None:
-            layout, rank = self.executor.plan.layout, self.executor.rank
-            held[layout.history_of(rank)] = torch.stack((history.k, history.v), 1)
-        states = self.executor.run(self.schedule, {c: q[rows] for c, rows in self.chunks.items()}, held)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        for chunk, rows in self.chunks.items():
-            target = rows if self.by_chunk is None else self.by_chunk[rows]
-            out[target], lse[target] = states[chunk].out.to(q.dtype), states[chunk].lse
-        return out, lse
-
-
-class _Ranks:
-    """One group: this rank's connections, and what earlier calls have made."""
-
-    def __init__(self, group: ProcessGroup) -> None:
-        self.transport: Transport = GlooTransport.over(group)
-        self._pool = BufferPool()
-        self._executors: dict[Problem, Executor] = {}
-        self.prepare = lru_cache(maxsize=32)(self._prepare)  # equal on all ranks, as their calls are
-
-    def counters(self) -> Counters:
-        parts = [executor.counters for executor in self._executors.values()]
-        return Counters(*(sum(getattr(part, f.name) for part in parts) for f in fields(Counters)))
-
-    def _prepare(self, problem: Problem, lengths: tuple[int, ...], cached: tuple[tuple[int, ...], ...]) -> _Batch:
-        rank, size = self.transport.rank, self.transport.size
-        arguments = {f.name: getattr(problem, f.name) for f in fields(Problem)}
-        _agree(self.transport, arguments | {"lengths": lengths, "history's lengths": cached})
-        if problem not in self._executors:
-            self._executors[problem] = self._executor(problem)
-        executor, shards = self._executors[problem], cut(problem.layout, size, lengths)
-        geometry = Geometry([(*new, *old) for new, old in zip(shards.rows, cached, strict=True)])
-        return _Batch(executor, executor.schedule(geometry), shards.chunks(rank), shards.by_chunk(rank))
-
-    def _executor(self, problem: Problem) -> Executor:
-        name = problem.strategy.strategy
-        known = [name for name, strategy in STRATEGIES.items() if strategy.layout == "tokens"]
-        if name not in known:
-            raise ValueError(f"strategy is {name!r}: choose one of {', '.join(known)}")
-        plan = plan_for(
-            problem.strategy,
-            num_ranks=self.transport.size,
-            num_heads=problem.num_heads,
-            num_kv_heads=problem.num_kv_heads,
-            causal=problem.causal,
-            kind=problem.layout,
-        )
-        return Executor(
-            plan,
-            self.transport.rank,
-            get_kernel("torch_cpu"),
-            self.transport,
-            head_dim=problem.head_dim,
-            dtype=problem.dtype,
-            scale=problem.scale,
-            pool=self._pool,
-        )
-
-
-_RANKS: WeakKeyDictionary[ProcessGroup, _Ranks] = WeakKeyDictionary()
-
-
-def _ranks_of(group: ProcessGroup | None) -> _Ranks:
-    group = process_group(group)
-    if group not in _RANKS:
-        _RANKS[group] = _Ranks(group)
-    return _RANKS[group]
-
-
-def _agree(transport: Transport, arguments: Mapping[str, object]) -> None:
-    """Raise ValueError, on every rank, if one's arguments differ from another's."""
-    digests = [hashlib.sha256(repr(value).encode()).digest()[:8] for value in arguments.values()]
-    mine = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8)
-    parts = [torch.empty_like(mine) for _ in range(transport.size)]
-    parts[transport.rank] = mine
-    _all_gather(transport, parts)
-    for rank, part in enumerate(parts):
-        same = (part == mine).view(len(digests), -1).all(1).tolist()
-        for name, equal in zip(arguments, same, strict=True):
-            if not equal:
-                raise ValueError(f"{name}: ranks {transport.rank} and {rank} differ; all must pass the same")
-
-
-def _all_gather(transport: Transport, parts: Sequence[Tensor]) -> None:
-    """Fill in the other ranks' parts, flat bytes. All ranks know all sizes; parts may be empty."""
-    mine = parts[transport.rank]
-    peers = [peer for peer in range(transport.size) if peer != transport.rank]
-    receives = [Message(peer, parts[peer]) for peer in peers if parts[peer].numel()]
-    sends = [Message(peer, mine) for peer in peers if mine.numel()]
-    for pending in sum(transport.exchange(receives, sends), start=[]):
-        pending.wait()
+    return engine_of(group).counters()
 
 
 def _heads_apart(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import sp_backend
-from sp_backend import functional
+from sp_backend import engine
 from sp_backend.strategies import Options, variants
 from tests.ranks import run_on_ranks
 from tests.sp_backend.dense import full_attention
@@ -168,17 +168,17 @@ def test_a_group_keeps_its_own_order_of_ranks() -> None:
 
 def attend_twice(rank: int, size: int) -> tuple[int, int]:
     """Groups kept before, and after a group has been used twice and destroyed."""
-    before = len(functional._RANKS)
+    before = len(engine._ENGINES)
     group = dist.new_group([0, 1])
     if rank < 2:
         first, second = (attend_case(Case(), group, rank, 2)[0] for _ in range(2))
         assert torch.equal(first, second)
-        ranks = functional._RANKS[group]
-        assert ranks.prepare.cache_info().misses == len(ranks._executors) == 1
+        kept = engine._ENGINES[group]
+        assert kept.prepare.cache_info().misses == len(kept._executors) == 1
         dist.destroy_process_group(group)
     del group
     gc.collect()
-    return before, len(functional._RANKS)
+    return before, len(engine._ENGINES)
 
 
 def test_plans_are_kept_as_long_as_their_group() -> None:
@@ -282,7 +282,7 @@ def run_snippets(rank: int, size: int, snippets: list[str]) -> tuple[int, ...]:
         "cached_v": torch.randn(cached, 2, 8),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "process_group", lambda given: group)  # the page has 2 ranks in all
+        patch.setattr(engine, "process_group", lambda given: group)  # the page has 2 ranks in all
         for snippet in snippets:
             exec(snippet, names)
     return names["out"].shape, names["full"].shape

@@ -1,0 +1,155 @@
+"""What is made once for a process group and used by every call over it: connections, proved plans, worked-out sizes.
+
+Ranks that call with different arguments would wait for messages that never come, so they compare digests of their
+arguments whenever a rank meets a batch's sizes for the first time, which is on all ranks in the same call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from sp_backend.buffers import BufferPool
+from sp_backend.execute import Counters, Executor
+from sp_backend.geometry import Geometry
+from sp_backend.kernels import get_kernel
+from sp_backend.layout import Kind
+from sp_backend.schedule import Schedule
+from sp_backend.shards import cut
+from sp_backend.strategies import STRATEGIES, Variant, plan_for
+from sp_backend.transport import Message, Transport
+from sp_backend.transport.gloo import GlooTransport, ProcessGroup, process_group
+
+Lengths = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a plan and its executor are made for."""
+
+    strategy: Variant
+    layout: Kind
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    causal: bool
+    scale: float | None
+
+
+class Batch(NamedTuple):
+    """A batch's sizes, worked out: run it once a layer."""
+
+    executor: Executor
+    schedule: Schedule
+    chunks: dict[int, slice]
+    by_chunk: Tensor | None
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, history: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """out [rows, heads, head_dim] in q's dtype and lse [rows, heads] fp32, of packed rows, in their order.
+
+        history: this rank's cached keys and values, [rows, kv_heads, head_dim] each.
+        """
+        if self.by_chunk is not None:
+            q, k, v = (x.index_select(0, self.by_chunk) for x in (q, k, v))
+        q, kv = q.contiguous(), torch.stack((k, v), 1)
+        held = {chunk: kv[rows] for chunk, rows in self.chunks.items()}
+        if history is not None:
+            layout, rank = self.executor.plan.layout, self.executor.rank
+            held[layout.history_of(rank)] = torch.stack(history, 1)
+        states = self.executor.run(self.schedule, {c: q[rows] for c, rows in self.chunks.items()}, held)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        for chunk, rows in self.chunks.items():
+            target = rows if self.by_chunk is None else self.by_chunk[rows]
+            out[target], lse[target] = states[chunk].out.to(q.dtype), states[chunk].lse
+        return out, lse
+
+
+class Engine:
+    """One group: this rank's connections, and what earlier calls have made."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.transport: Transport = GlooTransport.over(group)
+        self._pool = BufferPool()
+        self._executors: dict[Problem, Executor] = {}
+        self.prepare = lru_cache(maxsize=32)(self._prepare)  # equal on all ranks, as their calls are
+
+    def counters(self) -> Counters:
+        parts = [executor.counters for executor in self._executors.values()]
+        return Counters(*(sum(getattr(part, f.name) for part in parts) for f in fields(Counters)))
+
+    def _prepare(self, problem: Problem, lengths: Lengths, cached: tuple[Lengths, ...]) -> Batch:
+        rank, size = self.transport.rank, self.transport.size
+        arguments = {f.name: getattr(problem, f.name) for f in fields(Problem)}
+        agree(self.transport, arguments | {"lengths": lengths, "history's lengths": cached})
+        if problem not in self._executors:
+            self._executors[problem] = self._executor(problem)
+        executor, shards = self._executors[problem], cut(problem.layout, size, lengths)
+        geometry = Geometry([(*new, *old) for new, old in zip(shards.rows, cached, strict=True)])
+        return Batch(executor, executor.schedule(geometry), shards.chunks(rank), shards.by_chunk(rank))
+
+    def _executor(self, problem: Problem) -> Executor:
+        name = problem.strategy.strategy
+        known = [name for name, strategy in STRATEGIES.items() if strategy.layout == "tokens"]
+        if name not in known:
+            raise ValueError(f"strategy is {name!r}: choose one of {', '.join(known)}")
+        plan = plan_for(
+            problem.strategy,
+            num_ranks=self.transport.size,
+            num_heads=problem.num_heads,
+            num_kv_heads=problem.num_kv_heads,
+            causal=problem.causal,
+            kind=problem.layout,
+        )
+        return Executor(
+            plan,
+            self.transport.rank,
+            get_kernel("torch_cpu"),
+            self.transport,
+            head_dim=problem.head_dim,
+            dtype=problem.dtype,
+            scale=problem.scale,
+            pool=self._pool,
+        )
+
+
+_ENGINES: WeakKeyDictionary[ProcessGroup, Engine] = WeakKeyDictionary()
+
+
+def engine_of(group: ProcessGroup | None) -> Engine:
+    """Made, by all ranks of the group, at the first call. Raises ValueError if this rank is in no group."""
+    group = process_group(group)
+    if group not in _ENGINES:
+        _ENGINES[group] = Engine(group)
+    return _ENGINES[group]
+
+
+def agree(transport: Transport, arguments: Mapping[str, object]) -> None:
+    """Raise ValueError, on every rank, if one's arguments differ from another's."""
+    digests = [hashlib.sha256(repr(value).encode()).digest()[:8] for value in arguments.values()]
+    mine = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8)
+    parts = [torch.empty_like(mine) for _ in range(transport.size)]
+    parts[transport.rank] = mine
+    all_gather(transport, parts)
+    for rank, part in enumerate(parts):
+        same = (part == mine).view(len(digests), -1).all(1).tolist()
+        for name, equal in zip(arguments, same, strict=True):
+            if not equal:
+                raise ValueError(f"{name}: ranks {transport.rank} and {rank} differ; all must pass the same")
+
+
+def all_gather(transport: Transport, parts: Sequence[Tensor]) -> None:
+    """Fill in the other ranks' parts, flat bytes. All ranks know all sizes; parts may be empty."""
+    mine = parts[transport.rank]
+    peers = [peer for peer in range(transport.size) if peer != transport.rank]
+    receives = [Message(peer, parts[peer]) for peer in peers if parts[peer].numel()]
+    sends = [Message(peer, mine) for peer in peers if mine.numel()]
+    for pending in sum(transport.exchange(receives, sends), start=[]):
+        pending.wait()
