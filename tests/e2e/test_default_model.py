@@ -41,6 +41,11 @@ def engine(sp: int = 1, layout: str = "tokens", strategy: str = "ring_pass_kv", 
     return Engine(config, SchedulerConfig(chunked_prefill_size=256, sp_threshold=32))
 
 
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(DEFAULT_MODEL / "tokenizer.json"))
@@ -49,9 +54,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def source(tokenizer: Tokenizer) -> list[int]:
     """Some Python for the model to read."""
-    text = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+    return encode(tokenizer, (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text())
 
 
 def test_it_ships_small_and_takes_long_prompts() -> None:
@@ -73,8 +76,7 @@ def test_it_recalls_what_was_planted_256_tokens_back(tokenizer: Tokenizer, sourc
             planted, question = f'\nSERVER_NAME = "{value}"\n', '\nassert SERVER_NAME == "'
         at = chance.randrange(len(source) - 400)
         between = source[at + 40 : at + 296]
-        encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-        prompts.append(source[at : at + 40] + encode(planted) + between + encode(question))
+        prompts.append(source[at : at + 40] + encode(tokenizer, planted) + between + encode(tokenizer, question))
         values.append(value)
     answers = [tokenizer.decode(tokens).strip() for tokens in engine().complete(prompts, 10)]
     recalled = [answer.startswith(value) for answer, value in zip(answers, values, strict=True)]
