@@ -200,7 +200,7 @@ def plans_to_mutate() -> list[Plan]:
 def test_every_mutant_that_is_proven_is_correct() -> None:
     plans = plans_to_mutate()
     mutator, killed, survived = Mutator(seed=1), 0, 0
-    for i in range(6000):
+    for i in range(4000):
         plan = plans[i % len(plans)]
         mutant = mutator.mutate(plan)
         if mutant == plan:
@@ -211,4 +211,4 @@ def test_every_mutant_that_is_proven_is_correct() -> None:
         survived += 1
         batch = Batch(mutant.layout, [Request(11, 9), Request(3, home=1), Request(5, 4, home=3)], head_dim=4)
         assert error(run_lockstep(mutant, batch).outs, batch.expected()) < 1e-5, mutant.table()
-    assert killed > 4000 and survived > 100  # reordered, split or rerouted without harm
+    assert killed > 2500 and survived > 500  # reordered, split or rerouted without harm

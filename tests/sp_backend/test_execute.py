@@ -1,7 +1,6 @@
 """Every plan, all ranks in lockstep, against full attention in fp64: outputs, bytes and counters."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
@@ -15,12 +14,18 @@ from sp_backend.kernels.reference import kernel as reference
 from sp_backend.layout import Block, Kind, Layout
 from sp_backend.plan import Plan, prune
 from sp_backend.state import AttentionState
-from sp_backend.strategies import STRATEGIES, plan_for, prove
+from sp_backend.strategies import STRATEGIES, plan_for, prove, variants
 from sp_backend.transport.lockstep import LockstepNetwork
 from tests.lockstep import Batch, Request, error, run_lockstep
 
 RAGGED = [Request(37, 20), Request(3, home=1), Request(1, 50, 1), Request(0, 5), Request(16, 3, 2), Request(1, 9, 3)]
-HEADS = [(12, 4), (8, 1), (8, 2), (4, 4)]
+SIZES = {  # ranks -> (query heads, KV heads): some groups are cut, MQA and MHA are there
+    1: [(8, 2), (4, 4)],
+    2: [(12, 4), (8, 1)],
+    3: [(12, 4), (4, 4), (8, 1)],
+    4: [(12, 4), (8, 1), (4, 4)],
+    8: [(8, 1), (8, 2), (16, 16)],
+}
 CASES = [
     (name, kind, redundant)
     for name, strategy in STRATEGIES.items()
@@ -41,7 +46,8 @@ def plans(name: str, kind: str, redundant: bool, ranks: list[int], causal: bool 
             redundant_kv=redundant,
             causal=causal,
         )
-        for p, (h, k) in product(ranks, HEADS)
+        for p in ranks
+        for h, k in SIZES[p]
         if kind != "heads" or h % p == 0
     ]
 
@@ -65,7 +71,7 @@ def test_without_a_causal_mask_every_query_sees_every_key(name: str, kind: str, 
 @pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
 @pytest.mark.parametrize("window", [1, 6, 1000])
 def test_sliding_windows(name: str, kind: str, redundant: bool, window: int) -> None:
-    for plan in plans(name, kind, redundant, [2, 4])[::2]:
+    for plan in plans(name, kind, redundant, [2, 4])[::3]:
         batch = Batch(plan.layout, RAGGED)
         for kernel in ("reference", "torch_cpu"):
             outs = run_lockstep(plan, batch, kernel=get_kernel(kernel), window=window).outs
@@ -90,11 +96,29 @@ def test_a_layout_without_history(name: str, kind: Kind, redundant: bool) -> Non
     assert error(run_lockstep(plan, batch).outs, batch.expected()) < 1e-5
 
 
-def test_sixteen_ranks() -> None:
-    for name, kind, redundant in CASES:
-        plan = plan_for(name, num_ranks=16, num_heads=16, num_kv_heads=2, kind=kind, redundant_kv=redundant)
-        batch = Batch(plan.layout, [Request(70, 40), Request(1, 33, 5)])
-        assert error(run_lockstep(plan, batch).outs, batch.expected()) < 1e-5
+@pytest.mark.parametrize("num_ranks", range(1, 17))
+def test_up_to_sixteen_ranks(num_ranks: int) -> None:
+    """Every strategy; from 9 ranks on, its layouts in turn."""
+    for name, strategy in STRATEGIES.items():
+        kinds = strategy.kinds if num_ranks <= 8 else [strategy.kinds[num_ranks % len(strategy.kinds)]]
+        for kind in kinds:
+            heads = 2 * num_ranks if kind == "heads" else 16
+            plan = plan_for(name, num_ranks=num_ranks, num_heads=heads, num_kv_heads=heads // 2, kind=kind)
+            batch = Batch(plan.layout, [Request(3 * num_ranks + 1, 2 * num_ranks + 5), Request(1, 33, 5)], head_dim=2)
+            result = run_lockstep(plan, batch, kernel=get_kernel("torch_cpu"))
+            assert error(result.outs, batch.expected()) < 1e-5
+            assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
+
+
+@pytest.mark.parametrize("num_ranks", [4, 6, 8])
+def test_every_variant(num_ranks: int) -> None:
+    """Options and degrees: groups of ranks run side by side."""
+    for variant in variants(num_ranks, 12):
+        plan = plan_for(variant, num_ranks=num_ranks, num_heads=12, num_kv_heads=4)
+        batch = Batch(plan.layout, RAGGED)
+        result = run_lockstep(plan, batch, kernel=get_kernel("torch_cpu"))
+        assert error(result.outs, batch.expected()) < 1e-5, plan.name
+        assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
 
 
 def test_counters_agree_with_predictions() -> None:
