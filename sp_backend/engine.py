@@ -7,8 +7,9 @@ arguments whenever a rank meets a batch's sizes for the first time, which is on 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,15 +18,21 @@ import torch
 from torch import Tensor
 
 from sp_backend.buffers import BufferPool
+from sp_backend.config import AUTO
+from sp_backend.cost import ModelShape
 from sp_backend.execute import Counters, Executor
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import get_kernel
 from sp_backend.layout import Kind
+from sp_backend.planner import Planner
 from sp_backend.schedule import Schedule
 from sp_backend.shards import cut
-from sp_backend.strategies import STRATEGIES, Variant, plan_for
+from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
+from sp_backend.topology import Machine, preset
 from sp_backend.transport import Message, Transport
 from sp_backend.transport.gloo import GlooTransport, ProcessGroup, process_group
+
+logger = logging.getLogger(__name__)
 
 Lengths = tuple[int, ...]
 
@@ -79,6 +86,7 @@ class Engine:
         self.transport: Transport = GlooTransport.over(group)
         self._pool = BufferPool()
         self._executors: dict[Problem, Executor] = {}
+        self._planners: dict[Problem, Planner] = {}
         self.prepare = lru_cache(maxsize=32)(self._prepare)  # equal on all ranks, as their calls are
 
     def counters(self) -> Counters:
@@ -89,17 +97,58 @@ class Engine:
         rank, size = self.transport.rank, self.transport.size
         arguments = {f.name: getattr(problem, f.name) for f in fields(Problem)}
         agree(self.transport, arguments | {"lengths": lengths, "history's lengths": cached})
+        if problem.strategy.strategy == AUTO:
+            problem = replace(problem, strategy=self._choose(problem, lengths, cached))
         if problem not in self._executors:
             self._executors[problem] = self._executor(problem)
         executor, shards = self._executors[problem], cut(problem.layout, size, lengths)
         geometry = Geometry([(*new, *old) for new, old in zip(shards.rows, cached, strict=True)])
         return Batch(executor, executor.schedule(geometry), shards.chunks(rank), shards.by_chunk(rank))
 
+    def _choose(self, problem: Problem, lengths: Lengths, cached: tuple[Lengths, ...]) -> Variant:
+        """Rank 0 predicts and tells the others, whose processors might round a near tie the other way."""
+        size = self.transport.size
+        if problem.strategy.options.given():
+            raise ValueError("options: strategy 'auto' chooses them; name the strategy that is to take them")
+        candidates = [v for v in variants(size, problem.num_heads) if v.degree is None]
+        if size == 1:
+            return candidates[0]
+        chosen = torch.zeros(1, dtype=torch.int64)
+        if self.transport.rank == 0:
+            planner = self._planner(replace(problem, scale=None), candidates)
+            batch = [(new, sum(old)) for new, old in zip(lengths, cached, strict=True)]
+            choice = planner.choose(batch, degree=size)
+            logger.debug("%d tokens: %s", sum(lengths), choice.reason)
+            chosen.fill_(candidates.index(choice.variant))
+        broadcast(self.transport, chosen.view(torch.uint8))
+        return candidates[int(chosen)]
+
+    def _planner(self, problem: Problem, candidates: Sequence[Variant]) -> Planner:
+        if problem not in self._planners:
+            self._planners[problem] = Planner(
+                self._machine(),
+                ModelShape(
+                    num_heads=problem.num_heads,
+                    num_kv_heads=problem.num_kv_heads,
+                    head_dim=problem.head_dim,
+                    itemsize=problem.dtype.itemsize,
+                ),
+                self.transport.size,
+                kind=problem.layout,
+                causal=problem.causal,
+                page_size=1,
+                candidates=candidates,
+            )
+        return self._planners[problem]
+
+    def _machine(self) -> Machine:
+        return preset(f"loopback-{self.transport.size}")
+
     def _executor(self, problem: Problem) -> Executor:
         name = problem.strategy.strategy
         known = [name for name, strategy in STRATEGIES.items() if strategy.layout == "tokens"]
         if name not in known:
-            raise ValueError(f"strategy is {name!r}: choose one of {', '.join(known)}")
+            raise ValueError(f"strategy is {name!r}: choose one of {', '.join([AUTO, *known])}")
         plan = plan_for(
             problem.strategy,
             num_ranks=self.transport.size,
@@ -152,4 +201,15 @@ def all_gather(transport: Transport, parts: Sequence[Tensor]) -> None:
     receives = [Message(peer, parts[peer]) for peer in peers if parts[peer].numel()]
     sends = [Message(peer, mine) for peer in peers if mine.numel()]
     for pending in sum(transport.exchange(receives, sends), start=[]):
+        pending.wait()
+
+
+def broadcast(transport: Transport, data: Tensor) -> None:
+    """Give rank 0's data, flat bytes, to all."""
+    others = range(1, transport.size)
+    if transport.rank == 0:
+        posted = transport.exchange([], [Message(peer, data) for peer in others])
+    else:
+        posted = transport.exchange([Message(0, data)], [])
+    for pending in sum(posted, start=[]):
         pending.wait()

@@ -36,7 +36,7 @@ def attention(
     *,
     lengths: int | Sequence[int],
     group: ProcessGroup | None = None,
-    strategy: str = "ring_pass_kv",
+    strategy: str = "auto",
     options: Options | None = None,
     layout: Kind = "zigzag",
     input_format: str = "TND",
@@ -58,7 +58,8 @@ def attention(
         stands for one sequence or, with a batch axis, for each sequence of the batch.
     group: a process group of any backend; None: the default one. Connections of its own are made over gloo, with the
         time limit of `init_process_group`.
-    strategy, options: what travels between ranks, see docs/library.md. It changes speed and not results.
+    strategy, options: what travels between ranks, see docs/library.md. It changes speed, and results only by rounding.
+        "auto": what is predicted to be the fastest for these lengths and this history.
     layout: "zigzag" makes causal work even over ranks; "contiguous" gives each rank one run of tokens.
     input_format: "TND", "BSND", "SBND", "BSH" or "SBH", S being this rank's tokens of each sequence.
     num_heads: heads of q; needed for, and only for, the two formats that end in H.

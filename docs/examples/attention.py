@@ -19,7 +19,7 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[3000, 37], help="tokens of each sequence")
-    parser.add_argument("--strategy", default="ring_pass_kv", help="what travels between the ranks")
+    parser.add_argument("--strategy", default="auto", help="what travels between the ranks")
     args = parser.parse_args()
     dist.init_process_group("gloo")
 

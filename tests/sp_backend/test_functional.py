@@ -17,6 +17,7 @@ from torch import Tensor
 import sp_backend
 from sp_backend import engine
 from sp_backend.strategies import Options, variants
+from sp_backend.topology import preset
 from tests.ranks import run_on_ranks
 from tests.sp_backend.dense import full_attention
 
@@ -151,6 +152,24 @@ def test_half_precision_follows_fp64_within_its_rounding(dtype: torch.dtype, tol
     check(3, [Case((70, 9), (30, 0), head_dim=16, dtype=dtype)], tolerance)
 
 
+def chosen(rank: int, size: int, cases: list[Case]) -> list[str]:
+    """The strategies of the plans made for each case, on a machine that is the same wherever this runs."""
+    group, names = dist.new_group([0, 1, 2]), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Engine, "_machine", lambda kept: preset("loopback-3"))
+        for case in cases if rank < 3 else []:
+            attend_case(case, group, rank, 3)
+            names.append(str(list(engine.engine_of(group)._executors)[-1].strategy))
+    return names
+
+
+def test_auto_gives_all_ranks_one_strategy_that_leaves_the_larger_operand_where_it_is() -> None:
+    many_keys, many_queries = Case((3,), (20_000,), heads=(2, 2)), Case((600,), heads=(32, 1))
+    by_rank = run_on_ranks(WORLD, chosen, [many_keys, many_queries])[:3]
+    assert by_rank == [["ring_pass_q", "all_gather_kv"]] * 3
+    check(3, [many_keys, many_queries])
+
+
 def test_scale_is_that_of_the_scores() -> None:
     check(2, [Case(arguments={"scale": 0.125})])
 
@@ -215,7 +234,11 @@ HALF = {"q": zeros(5, 4, 8), "k": zeros(5, 2, 8), "v": zeros(5, 2, 8), "lengths"
 REFUSED: dict[str, dict[str, Any]] = {  # what the message says: what is passed in place of HALF's, or beside it
     "strategy is 'rign'.*ring_pass_kv": {"strategy": "rign"},
     "strategy is 'sharded_q'": {"strategy": "sharded_q"},
-    "window_size .*not an option of strategy ring_pass_kv": {"options": Options(window_size=2)},
+    "window_size .*not an option of strategy ring_pass_kv": {
+        "options": Options(window_size=2),
+        "strategy": "ring_pass_kv",
+    },
+    "options: strategy 'auto' chooses them": {"options": Options(window_size=2), "strategy": "auto"},
     "layout is 'home'.*zigzag": {"layout": "home"},
     "input_format is 'THD'.*TND": {"input_format": "THD"},
     "rank . has 5 tokens in all.*give it 10.*shard": {"lengths": (10, 10)},
