@@ -50,14 +50,16 @@ class Executor:
         scale: float | None = None,
         device: torch.device | str = "cpu",
         pool: BufferPool | None = None,
+        overlap: bool = True,
     ) -> None:
+        """overlap: False waits for a round's transfers before its attends, to see what hiding them is worth."""
         if head_dim % 2:
             raise ValueError(f"head_dim must be even, not {head_dim}")
         assert (transport.rank, transport.size) == (rank, plan.layout.num_ranks), "transport of another group"
         self.plan, self.rank, self.transport = plan, rank, transport
         self.head_dim, self.dtype, self.device = head_dim, dtype, torch.device(device)
         self.program = compile_rank(plan, rank)
-        self.pool = pool or BufferPool(device)
+        self.pool, self.overlap = pool or BufferPool(device), overlap
         self.counters = Counters()
         self._builder = ScheduleBuilder(
             plan=plan,
@@ -82,7 +84,8 @@ class Executor:
         """
         run = Run(self, schedule, q, kv)
         for i in range(len(schedule.rounds)):
-            run.round(i)
+            run.post(i)
+            run.attend(i)
         return run.finish()
 
 
@@ -112,7 +115,7 @@ class _Sending:
 
 
 class Run:
-    """One layer on one rank: round(0), round(1), ..., then finish(). In lockstep the ranks take turns by round."""
+    """One layer on one rank: post(0), attend(0), post(1), ..., then finish(). In lockstep the ranks take turns."""
 
     def __init__(
         self, executor: Executor, schedule: Schedule, q: Mapping[int, Tensor], kv: Mapping[int, Tensor]
@@ -127,25 +130,36 @@ class Run:
         self._arrivals: dict[Block, _Arrival] = {}
         self._arriving: list[_ArrivingState] = []
         self._slots: dict[tuple[int, Heads], AttentionState] = {}
+        self._usable: list[_ArrivingState] = []  # asked for in an earlier round
         self._sending = _Sending()
+        self._sent = _Sending()  # in the round before
+        self._receiving: list[Pending] = []
 
-    def round(self, index: int) -> None:
+    def post(self, index: int) -> None:
+        """Ask for what comes in a round and send what leaves."""
         r, pool = self._schedule.rounds[index], self._executor.pool
-        before, self._sending = self._sending, _Sending()
+        self._sent, self._sending = self._sending, _Sending()
         receives = [Message(e.peer, pool.take(e.num_bytes)) for e in r.receives]
-        pending, self._sending.pending = self._executor.transport.exchange(receives, self._messages(r.sends))
-        usable, self._arriving = self._arriving, []
-        for envelope, message, p in zip(r.receives, receives, pending, strict=True):
+        self._receiving, self._sending.pending = self._executor.transport.exchange(receives, self._messages(r.sends))
+        self._usable, self._arriving = self._arriving, []
+        for envelope, message, p in zip(r.receives, receives, self._receiving, strict=True):
             self._expect(envelope, _Arrival(message.data, p, len(envelope.sections)))
+
+    def attend(self, index: int) -> None:
+        """Do a round's kernel calls, fold the states that came in the round before, and free what was read."""
+        r = self._schedule.rounds[index]
+        if not self._executor.overlap:
+            for pending in (*self._receiving, *self._sending.pending):
+                self._timed(pending)
         for call in r.calls:
-            self._attend(call)
-        for arriving in usable:
+            self._call(call)
+        for arriving in self._usable:
             self._fold_arrived(arriving)
         for block in r.dead:
             if (arrival := self._arrivals.pop(block, None)) is not None:
                 del self._held[block]
                 self._release(arrival)
-        self._settle(before)
+        self._settle(self._sent)
 
     def finish(self) -> dict[int, AttentionState]:
         for arriving in self._arriving:
@@ -212,7 +226,7 @@ class Run:
             tensor = join_rows([tensor[lo:hi] for lo, hi in part.rows if hi > lo])
         return tensor
 
-    def _attend(self, call: KernelCall) -> None:
+    def _call(self, call: KernelCall) -> None:
         state = call.attend(self._queries(call), self._read(call.kv))
         self._executor.counters.kernel_calls += 1
         for part in call.qs:

@@ -120,13 +120,20 @@ class LockstepResult:
 
 
 def run_lockstep(
-    plan: Plan, batch: Batch, *, kernel: Kernel | None = None, window: int | None = None, layers: int = 1
+    plan: Plan,
+    batch: Batch,
+    *,
+    kernel: Kernel | None = None,
+    window: int | None = None,
+    layers: int = 1,
+    overlap: bool = True,
 ) -> LockstepResult:
     kernel = kernel or get_kernel("reference")
     network = LockstepNetwork(plan.layout.num_ranks)
     wires = [RecordingTransport(network.rank(r)) for r in range(network.size)]
     executors = [
-        Executor(plan, r, kernel, wire, head_dim=batch.head_dim, dtype=batch.dtype) for r, wire in enumerate(wires)
+        Executor(plan, r, kernel, wire, head_dim=batch.head_dim, dtype=batch.dtype, overlap=overlap)
+        for r, wire in enumerate(wires)
     ]
     schedules = [e.schedule(batch.geometry, window) for e in executors]
     for _ in range(layers):
@@ -138,7 +145,9 @@ def run_lockstep(
             for wire in wires:
                 wire.bytes.clear()
             for run in runs:
-                run.round(i)
+                run.post(i)
+            for run in runs:
+                run.attend(i)
             links.append({link: n for wire in wires for link, n in wire.bytes.items()})
         states = [run.finish() for run in runs]
     network.assert_idle()

@@ -121,6 +121,14 @@ def test_every_variant(num_ranks: int) -> None:
         assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
 
 
+def test_waiting_for_transfers_before_attending_changes_no_bit() -> None:
+    for variant in variants(4, 12):
+        plan = plan_for(variant, num_ranks=4, num_heads=12, num_kv_heads=4)
+        batch = Batch(plan.layout, RAGGED)
+        hidden, exposed = (run_lockstep(plan, batch, overlap=overlap).outs for overlap in (True, False))
+        assert all(torch.equal(a, b) for a, b in zip(hidden, exposed, strict=True)), plan.name
+
+
 def test_counters_agree_with_predictions() -> None:
     plan = plan_for("ring_pass_kv", num_ranks=4, num_heads=8, num_kv_heads=2)
     batch = Batch(plan.layout, RAGGED)

@@ -13,7 +13,7 @@ from sp_backend.execute import Executor
 from sp_backend.geometry import predicted_bytes
 from sp_backend.kernels import get_kernel
 from sp_backend.layout import Kind
-from sp_backend.strategies import STRATEGIES, plan_for
+from sp_backend.strategies import STRATEGIES, plan_for, variants
 from sp_backend.transport import Message
 from sp_backend.transport.gloo import GlooTransport, sp_groups
 from sp_backend.transport.recording import RecordingTransport
@@ -26,15 +26,15 @@ Case = dict[str, Any]
 
 
 def cases(num_ranks: int) -> list[Case]:
-    kinds: list[tuple[str, Kind, bool]] = [(n, k, False) for n, s in STRATEGIES.items() for k in s.kinds]
-    kinds += [("sharded_q", "heads", True)]
-    return [
-        {"name": n, "kind": k, "redundant_kv": red, "num_ranks": num_ranks, "num_heads": 12, "num_kv_heads": 4}
-        for n, k, red in kinds
-    ]
+    """Every variant, and the other layouts of each strategy."""
+    others: list[tuple[str, Kind, bool]] = [(n, k, False) for n, s in STRATEGIES.items() for k in s.kinds]
+    others += [("sharded_q", "heads", True)]
+    sizes = {"num_ranks": num_ranks, "num_heads": 12, "num_kv_heads": 4}
+    every = [{"variant": v, "kind": "zigzag", "redundant_kv": False, **sizes} for v in variants(num_ranks, 12)]
+    return every + [{"variant": n, "kind": k, "redundant_kv": red, **sizes} for n, k, red in others if k != "zigzag"]
 
 
-def run_cases(rank: int, size: int, num_ranks: int, plans: list[Case], dtype: torch.dtype) -> list[Any]:
+def run_cases(rank: int, size: int, num_ranks: int, plans: list[Case], dtype: torch.dtype, overlap: bool) -> list[Any]:
     up, down = (dist.new_group(list(range(num_ranks))) for _ in range(2))
     if rank >= num_ranks:
         return []
@@ -44,7 +44,9 @@ def run_cases(rank: int, size: int, num_ranks: int, plans: list[Case], dtype: to
         plan = plan_for(**case)
         batch = Batch(plan.layout, REQUESTS, dtype=dtype)
         wire.bytes.clear()
-        executor = Executor(plan, rank, get_kernel("torch_cpu"), wire, head_dim=batch.head_dim, dtype=batch.dtype)
+        executor = Executor(
+            plan, rank, get_kernel("torch_cpu"), wire, head_dim=batch.head_dim, dtype=dtype, overlap=overlap
+        )
         schedule = executor.schedule(batch.geometry)
         for _ in range(3):  # layers: buffers are reused
             states = executor.run(schedule, batch.q_of(rank), batch.kv_of(rank))
@@ -54,12 +56,12 @@ def run_cases(rank: int, size: int, num_ranks: int, plans: list[Case], dtype: to
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "overlap"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_every_plan_gives_the_bits_of_lockstep_and_sends_the_predicted_bytes(
-    num_ranks: int, dtype: torch.dtype
+    num_ranks: int, dtype: torch.dtype, overlap: bool
 ) -> None:
     plans = cases(num_ranks)
-    by_rank = run_on_ranks(WORLD, run_cases, num_ranks, plans, dtype)[:num_ranks]
+    by_rank = run_on_ranks(WORLD, run_cases, num_ranks, plans, dtype, overlap)[:num_ranks]
     for i, case in enumerate(plans):
         plan = plan_for(**case)
         batch = Batch(plan.layout, REQUESTS, dtype=dtype)
