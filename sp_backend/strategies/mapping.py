@@ -57,9 +57,7 @@ def _table(mapping: dict[str, Any], name: str, num_paths: int) -> list[list[int]
     for r, row in enumerate(rows):
         for s, path in enumerate(row):
             if type(path) is not int or not -1 <= path < num_paths:
-                raise ValueError(
-                    f"{name}[{r}][{s}] is {path!r}; it must be a path, 0 to {num_paths - 1}, or -1 for none"
-                )
+                raise ValueError(f"{name}[{r}][{s}] is {path!r}; it must be a path (0 to {num_paths - 1}) or -1")
             if r == s and path != -1:
                 raise ValueError(f"{name}[{r}][{s}] is {path}; a rank does not send to itself, so it must be -1")
     return rows
@@ -70,9 +68,7 @@ def _walk(outgoing: list[list[int]], path: int) -> list[int]:
     following = []
     for r, row in enumerate(outgoing):
         if row.count(path) != 1:
-            raise ValueError(
-                f"rank {r} sends path {path} to {row.count(path)} ranks (row {r} of out_mapping), not to one"
-            )
+            raise ValueError(f"row {r} of out_mapping has path {path} {row.count(path)} times, not once")
         following.append(row.index(path))
     cycle = [0]
     while (rank := following[cycle[-1]]) not in cycle:
