@@ -24,15 +24,17 @@ from sp_backend.execute import Counters, Executor
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import get_kernel
 from sp_backend.layout import Kind
+from sp_backend.measure import machine_of
 from sp_backend.planner import Planner
 from sp_backend.schedule import Schedule
 from sp_backend.shards import cut
 from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
-from sp_backend.topology import Machine, preset
 from sp_backend.transport import Message, Transport
 from sp_backend.transport.gloo import GlooTransport, ProcessGroup, process_group
 
 logger = logging.getLogger(__name__)
+
+KERNEL = "torch_cpu"
 
 Lengths = tuple[int, ...]
 
@@ -86,7 +88,7 @@ class Engine:
         self.transport: Transport = GlooTransport.over(group)
         self._pool = BufferPool()
         self._executors: dict[Problem, Executor] = {}
-        self._planners: dict[Problem, Planner] = {}
+        self._planners: dict[Problem, Planner | None] = {}
         self.prepare = lru_cache(maxsize=32)(self._prepare)  # equal on all ranks, as their calls are
 
     def counters(self) -> Counters:
@@ -113,9 +115,9 @@ class Engine:
         candidates = [v for v in variants(size, problem.num_heads) if v.degree is None]
         if size == 1:
             return candidates[0]
+        planner = self._planner(replace(problem, scale=None), candidates)
         chosen = torch.zeros(1, dtype=torch.int64)
-        if self.transport.rank == 0:
-            planner = self._planner(replace(problem, scale=None), candidates)
+        if planner is not None:
             batch = [(new, sum(old)) for new, old in zip(lengths, cached, strict=True)]
             choice = planner.choose(batch, degree=size)
             logger.debug("%d tokens: %s", sum(lengths), choice.reason)
@@ -123,26 +125,28 @@ class Engine:
         broadcast(self.transport, chosen.view(torch.uint8))
         return candidates[int(chosen)]
 
-    def _planner(self, problem: Problem, candidates: Sequence[Variant]) -> Planner:
+    def _planner(self, problem: Problem, candidates: Sequence[Variant]) -> Planner | None:
+        """Rank 0's; all ranks measure."""
         if problem not in self._planners:
-            self._planners[problem] = Planner(
-                self._machine(),
-                ModelShape(
-                    num_heads=problem.num_heads,
-                    num_kv_heads=problem.num_kv_heads,
-                    head_dim=problem.head_dim,
-                    itemsize=problem.dtype.itemsize,
-                ),
-                self.transport.size,
-                kind=problem.layout,
-                causal=problem.causal,
-                page_size=1,
-                candidates=candidates,
+            shape = ModelShape(
+                num_heads=problem.num_heads,
+                num_kv_heads=problem.num_kv_heads,
+                head_dim=problem.head_dim,
+                itemsize=problem.dtype.itemsize,
             )
+            machine = machine_of(self.transport, KERNEL, shape, problem.dtype)
+            self._planners[problem] = None
+            if self.transport.rank == 0:
+                self._planners[problem] = Planner(
+                    machine,
+                    shape,
+                    self.transport.size,
+                    kind=problem.layout,
+                    causal=problem.causal,
+                    page_size=1,
+                    candidates=candidates,
+                )
         return self._planners[problem]
-
-    def _machine(self) -> Machine:
-        return preset(f"loopback-{self.transport.size}")
 
     def _executor(self, problem: Problem) -> Executor:
         name = problem.strategy.strategy
@@ -160,7 +164,7 @@ class Engine:
         return Executor(
             plan,
             self.transport.rank,
-            get_kernel("torch_cpu"),
+            get_kernel(KERNEL),
             self.transport,
             head_dim=problem.head_dim,
             dtype=problem.dtype,

@@ -79,9 +79,8 @@ def test_torchrun_command(command: str, tmp_path: Path) -> None:
 
 def _run(words: list[str], folder: Path) -> str:
     """What the program prints."""
-    ran = subprocess.run(
-        words, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, timeout=240
-    )
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "XDG_CACHE_HOME": str(folder)}
+    ran = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 

@@ -86,7 +86,7 @@ def attend_case(case: Case, group: dist.ProcessGroup, rank: int, num_ranks: int)
     lengths = case.lengths if case.input_format == "TND" else case.lengths[0]
     where = {"group": group, "input_format": case.input_format, "layout": case.arguments.get("layout", "zigzag")}
     q, k, v = (sp_backend.shard(case.formatted(x), lengths, **where) for x in new)
-    arguments = case.arguments | where | {"lengths": lengths, "return_lse": True}
+    arguments = {"strategy": "ring_pass_kv"} | case.arguments | where | {"lengths": lengths, "return_lse": True}
     if case.input_format.endswith("H"):
         arguments["num_heads"] = case.heads[0]
     if case.cached:
@@ -153,10 +153,10 @@ def test_half_precision_follows_fp64_within_its_rounding(dtype: torch.dtype, tol
 
 
 def chosen(rank: int, size: int, cases: list[Case]) -> list[str]:
-    """The strategies of the plans made for each case, on a machine that is the same wherever this runs."""
+    """The strategy of each case's plan, by the links and rates that a preset says."""
     group, names = dist.new_group([0, 1, 2]), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Engine, "_machine", lambda kept: preset("loopback-3"))
+        patch.setattr(engine, "machine_of", lambda *measured: preset("loopback-3"))
         for case in cases if rank < 3 else []:
             attend_case(case, group, rank, 3)
             names.append(str(list(engine.engine_of(group)._executors)[-1].strategy))
@@ -164,10 +164,25 @@ def chosen(rank: int, size: int, cases: list[Case]) -> list[str]:
 
 
 def test_auto_gives_all_ranks_one_strategy_that_leaves_the_larger_operand_where_it_is() -> None:
-    many_keys, many_queries = Case((3,), (20_000,), heads=(2, 2)), Case((600,), heads=(32, 1))
+    auto: dict[str, Any] = {"strategy": "auto"}
+    many_keys = Case((3,), (20_000,), heads=(2, 2), arguments=auto)
+    many_queries = Case((600,), heads=(32, 1), arguments=auto)
     by_rank = run_on_ranks(WORLD, chosen, [many_keys, many_queries])[:3]
-    assert by_rank == [["ring_pass_q", "all_gather_kv"]] * 3
-    check(3, [many_keys, many_queries])
+    assert by_rank[0] == by_rank[1] == by_rank[2]
+    assert [name in ("ring_pass_q", "token_ring") for name in by_rank[0]] == [True, False]
+
+
+def attend_measured(rank: int, size: int, cases: list[Case], folder: str) -> list[tuple[Tensor, Tensor]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", folder)
+        return attend(rank, size, 2, cases)
+
+
+def test_auto_measures_the_machine_once(tmp_path: Path) -> None:
+    case = Case(cached=(20, 0, 50, 7, 1), heads=(2, 1), arguments={"strategy": "auto"})
+    outs = run_on_ranks(WORLD, attend_measured, [case, case], str(tmp_path))[:2]
+    assert all(float((out - case.expected()[0]).abs().max()) < 1e-5 for results in outs for out, _ in results)
+    assert len(list(tmp_path.glob("sp-serve/machine-*.json"))) == 1
 
 
 def test_scale_is_that_of_the_scores() -> None:
@@ -306,6 +321,7 @@ def run_snippets(rank: int, size: int, snippets: list[str]) -> tuple[int, ...]:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "process_group", lambda given: group)  # the page has 2 ranks in all
+        patch.setattr(engine, "machine_of", lambda *measured: preset("loopback-2"))
         for snippet in snippets:
             exec(snippet, names)
     return names["out"].shape, names["full"].shape
