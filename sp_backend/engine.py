@@ -29,7 +29,8 @@ from sp_backend.planner import Planner
 from sp_backend.schedule import Schedule
 from sp_backend.shards import cut
 from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
-from sp_backend.transport import Message, Transport
+from sp_backend.transport import Transport
+from sp_backend.transport.gather import gather_bytes
 from sp_backend.transport.gloo import GlooTransport, ProcessGroup, process_group
 
 logger = logging.getLogger(__name__)
@@ -116,14 +117,13 @@ class Engine:
         if size == 1:
             return candidates[0]
         planner = self._planner(replace(problem, scale=None), candidates)
-        chosen = torch.zeros(1, dtype=torch.int64)
+        chosen = b""
         if planner is not None:
             batch = [(new, sum(old)) for new, old in zip(lengths, cached, strict=True)]
             choice = planner.choose(batch, degree=size)
             logger.debug("%d tokens: %s", sum(lengths), choice.reason)
-            chosen.fill_(candidates.index(choice.variant))
-        broadcast(self.transport, chosen.view(torch.uint8))
-        return candidates[int(chosen)]
+            chosen = bytes([candidates.index(choice.variant)])
+        return candidates[gather_bytes(self.transport, chosen)[0][0]]
 
     def _planner(self, problem: Problem, candidates: Sequence[Variant]) -> Planner | None:
         """Rank 0's; all ranks measure."""
@@ -186,34 +186,8 @@ def engine_of(group: ProcessGroup | None) -> Engine:
 
 def agree(transport: Transport, arguments: Mapping[str, object]) -> None:
     """Raise ValueError, on every rank, if one's arguments differ from another's."""
-    digests = [hashlib.sha256(repr(value).encode()).digest()[:8] for value in arguments.values()]
-    mine = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8)
-    parts = [torch.empty_like(mine) for _ in range(transport.size)]
-    parts[transport.rank] = mine
-    all_gather(transport, parts)
-    for rank, part in enumerate(parts):
-        same = (part == mine).view(len(digests), -1).all(1).tolist()
-        for name, equal in zip(arguments, same, strict=True):
-            if not equal:
+    mine = [hashlib.sha256(repr(value).encode()).digest() for value in arguments.values()]
+    for rank, theirs in enumerate(gather_bytes(transport, b"".join(mine))):
+        for i, (name, digest) in enumerate(zip(arguments, mine, strict=True)):
+            if theirs[i * len(digest) : (i + 1) * len(digest)] != digest:
                 raise ValueError(f"{name}: ranks {transport.rank} and {rank} differ; all must pass the same")
-
-
-def all_gather(transport: Transport, parts: Sequence[Tensor]) -> None:
-    """Fill in the other ranks' parts, flat bytes. All ranks know all sizes; parts may be empty."""
-    mine = parts[transport.rank]
-    peers = [peer for peer in range(transport.size) if peer != transport.rank]
-    receives = [Message(peer, parts[peer]) for peer in peers if parts[peer].numel()]
-    sends = [Message(peer, mine) for peer in peers if mine.numel()]
-    for pending in sum(transport.exchange(receives, sends), start=[]):
-        pending.wait()
-
-
-def broadcast(transport: Transport, data: Tensor) -> None:
-    """Give rank 0's data, flat bytes, to all."""
-    others = range(1, transport.size)
-    if transport.rank == 0:
-        posted = transport.exchange([], [Message(peer, data) for peer in others])
-    else:
-        posted = transport.exchange([Message(0, data)], [])
-    for pending in sum(posted, start=[]):
-        pending.wait()

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from sp_backend.config import DTYPES
-from sp_backend.engine import Problem, agree, all_gather, engine_of
+from sp_backend.engine import Problem, agree, engine_of
 from sp_backend.execute import Counters
 from sp_backend.layout import Kind
 from sp_backend.shards import Shards, cut, from_rows, full_lengths, to_rows
 from sp_backend.strategies import Options, Variant
 from sp_backend.transport import Transport
+from sp_backend.transport.gather import all_gather
 from sp_backend.transport.gloo import ProcessGroup
 
 

@@ -30,6 +30,7 @@ from sp_backend.state import AttentionState
 from sp_backend.strategies import plan_for
 from sp_backend.topology import KernelRates, Link, Machine, Rates, Topology
 from sp_backend.transport import Message, Transport
+from sp_backend.transport.gather import gather_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def machine_of(
 
     kernel: its name in KERNELS. folder: of the file; None: sp-serve below XDG_CACHE_HOME or ~/.cache.
     """
-    hosts = [part.decode() for part in _gather(transport, socket.gethostname().encode())]
+    hosts = [part.decode() for part in gather_bytes(transport, socket.gethostname().encode())]
     path = (folder or cache_folder()) / f"machine-{_key(hosts, kernel, shape, dtype)}.json"
     found = b""
     if transport.rank == 0:
@@ -63,7 +64,7 @@ def machine_of(
         except (OSError, ValueError) as error:
             logger.warning("links and kernels are measured again: %s", error)
             found = b""
-    found = _gather(transport, found)[0]
+    found = gather_bytes(transport, found)[0]
     if found:
         return Machine.from_json(found, str(path))
     since = time.perf_counter()
@@ -100,7 +101,7 @@ def measure(transport: Transport, kernel: Kernel, shape: ModelShape, dtype: torc
     topology = _measure_links(transport)
     _barrier(transport)
     mine = _measure_rates(transport, kernel, shape, dtype, topology)
-    theirs = [json.loads(part) for part in _gather(transport, json.dumps(mine).encode())]
+    theirs = [json.loads(part) for part in gather_bytes(transport, json.dumps(mine).encode())]
     rates = {name: statistics.fmean(each[name] for each in theirs) for name in mine if not isinstance(mine[name], list)}
     full, causal = (np.mean([each[name] for each in theirs], axis=0).tolist() for name in ("full", "causal"))
     kernel_rates = KernelRates(QUERIES, KEYS, tuple(map(tuple, full)), tuple(causal))
@@ -308,7 +309,7 @@ def _exchange(
 
 
 def _barrier(transport: Transport) -> None:
-    _gather(transport, b"")
+    gather_bytes(transport, b"")
 
 
 def _agree(transport: Transport, seconds: float) -> list[float]:
@@ -317,27 +318,4 @@ def _agree(transport: Transport, seconds: float) -> list[float]:
 
 def _agree_all(transport: Transport, values: Sequence[float]) -> list[list[float]]:
     """Every rank's values."""
-    return [json.loads(part) for part in _gather(transport, json.dumps(list(values)).encode())]
-
-
-def _gather(transport: Transport, data: bytes) -> list[bytes]:
-    """Every rank's bytes, on every rank."""
-    peers = [p for p in range(transport.size) if p != transport.rank]
-
-    def swap(sizes: dict[int, int], mine: bytes) -> dict[int, bytes]:
-        if not peers:
-            return {}
-        outgoing = torch.tensor(list(mine), dtype=torch.uint8)
-        incoming = {p: torch.empty(n, dtype=torch.uint8) for p, n in sizes.items()}
-        pending = transport.exchange(
-            [Message(p, t) for p, t in incoming.items()], [Message(p, outgoing) for p in peers if len(mine)]
-        )
-        for each in (*pending[0], *pending[1]):
-            each.wait()
-        return {p: t.numpy().tobytes() for p, t in incoming.items()}
-
-    lengths = swap(dict.fromkeys(peers, 8), len(data).to_bytes(8, "little"))
-    sizes = {p: n for p, length in lengths.items() if (n := int.from_bytes(length, "little"))}
-    parts = swap(sizes, data) if sizes or data else {}
-    parts[transport.rank] = data
-    return [parts.get(rank, b"") for rank in range(transport.size)]
+    return [json.loads(part) for part in gather_bytes(transport, json.dumps(list(values)).encode())]
