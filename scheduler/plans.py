@@ -68,17 +68,17 @@ class PlanChooser:
 
     def assign(self, chunks: Sequence[Chunk]) -> tuple[list[Chunk], tuple[PlanChoice, ...]]:
         """The chunks of a step with a plan each, and why; those that have one, because of where they lie, keep it."""
-        spread: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by degree: new and cached tokens
+        batches: dict[str | int, list[tuple[int, int]]] = defaultdict(list)  # by plan, or degree: new and cached tokens
         for chunk in chunks:
-            if chunk.plan is None:
-                spread[len(chunk.home)].append((chunk.num_new, chunk.start))
-        chosen = {degree: self._choose(degree, batch) for degree, batch in spread.items()}
-        kept = [PlanChoice(plan, REASONS[plan]) for plan in dict.fromkeys(c.plan for c in chunks) if plan is not None]
-        planned = [c if c.plan is not None else replace(c, plan=chosen[len(c.home)].plan) for c in chunks]
-        return planned, (*chosen.values(), *kept)
+            batches[chunk.plan or len(chunk.home)].append((chunk.num_new, chunk.start))
+        choices = {key: self._choose(key, batch) for key, batch in batches.items()}
+        planned = [c if c.plan else replace(c, plan=choices[len(c.home)].plan) for c in chunks]
+        return planned, tuple(choices.values())
 
-    def _choose(self, degree: int, batch: Sequence[tuple[int, int]]) -> PlanChoice:
-        if self._planner is None:
+    def _choose(self, key: str | int, batch: Sequence[tuple[int, int]]) -> PlanChoice:
+        if self._planner is not None and (isinstance(key, int) or (key == LOCAL and max(batch)[0] > 1)):
+            choice = self._planner.choose(batch, key if isinstance(key, int) else 1)
+            return PlanChoice(str(choice.variant) if isinstance(key, int) else key, choice.reason, choice.seconds)
+        if isinstance(key, int):
             return PlanChoice(self._plan, "the only plan for spread prompts here")
-        choice = self._planner.choose(batch, degree)
-        return PlanChoice(str(choice.variant), choice.reason, choice.seconds)
+        return PlanChoice(key, REASONS[key])

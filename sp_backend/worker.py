@@ -21,7 +21,7 @@ import zmq
 
 from sp_backend.batch import BatchBuilder, LocalBatch
 from sp_backend.buffers import BufferPool
-from sp_backend.catalog import planner_for, plans_for
+from sp_backend.catalog import planner_for, plans_for, shape_of
 from sp_backend.commands import (
     Failure,
     Loading,
@@ -40,6 +40,7 @@ from sp_backend.execute import Executor
 from sp_backend.kernels import get_kernel
 from sp_backend.kv_cache import KVCache
 from sp_backend.layer import StepAttention
+from sp_backend.measure import machine_of
 from sp_backend.models.config import ModelConfig
 from sp_backend.models.decoder import Decoder
 from sp_backend.models.weights import Progress
@@ -127,6 +128,7 @@ class Worker:
                 dtype=dtype,
                 device=device,
                 pool=pool,
+                overlap=config.overlap,
             )
             for name, plan in self._plans.items()
         }
@@ -246,16 +248,21 @@ def _build(start: WorkerStart, socket: zmq.Socket[bytes]) -> Worker:
         timeout=timedelta(seconds=config.dist_timeout),
     )
     links = connect(config, start.rank)
-    machine = _machine(config)
+    machine = _machine(config, links)
     progress: Progress = lambda done, total: socket.send(encode(Loading(start.rank, done, total)))  # noqa: E731
     return Worker(config, start.rank, links, progress, machine)
 
 
-def _machine(config: BackendConfig) -> Machine | None:
-    """What plans are chosen for, equal on all ranks; None where there is no choice."""
-    if config.sp_size == 1 or config.layout == "heads" or config.topology is None:
+def _machine(config: BackendConfig, links: Links) -> Machine | None:
+    """What plans are chosen for, equal on all ranks of the world; None where there is no choice."""
+    if config.sp_size == 1 or config.layout == "heads":
         return None
-    return load_machine(config.topology, config.sp_size)
+    if config.topology is not None:
+        return load_machine(config.topology, config.sp_size)
+    shape, dtype = shape_of(config, ModelConfig.load(config.model_path)), getattr(torch, config.dtype)
+    found = [machine_of(links.transport, config.kernel, shape, dtype)]
+    dist.broadcast_object_list(found, src=0)  # every SP group has measured its own
+    return found[0]
 
 
 def _die_with(parent: int) -> None:
