@@ -203,14 +203,14 @@ class _Clock:
         attention = self._now[last]
         shape, rates = self._shape, self._rates
         weight_bytes = shape.dense_flops / 2 * shape.itemsize
-        dense = np.maximum(
-            self._work.tokens() * shape.dense_flops / rates.dense_flops, weight_bytes / rates.memory_bytes
-        )
+        tokens = self._work.tokens()
+        dense = np.maximum(tokens * shape.dense_flops / rates.dense_flops, weight_bytes / rates.memory_bytes)
+        step = (shape.num_layers * self._now + dense).max(0) + rates.step_seconds
         return Times(
             attention,
             self._exposed[last],
             self._transfer[last],
-            shape.num_layers * attention + dense + rates.step_seconds,
+            step,
         )
 
     def _round(self, index: int, ranks: Sequence[RankOps]) -> None:
@@ -349,13 +349,12 @@ class _Work:
         return self._merge_seconds[key]
 
     def tokens(self) -> Floats:
-        """New tokens of the rank that has most; layout heads: its share of the work on all of them."""
+        """New tokens of each rank [ranks, batches]; layout heads: its share of the work on all of them."""
         layout = self._layout
-        if layout.kind == "heads":
-            return np.asarray((self._rows[..., : layout.num_new].sum(2) * self._count).sum(1) / layout.num_ranks)
         ranks = range(layout.num_ranks)
-        owned = [[self.rows_of(Block(STATE, c, layout.all_heads)) for c in layout.q_of(r)] for r in ranks]
-        return np.asarray(np.max(np.sum(owned, axis=1), axis=0))
+        chunks = [[self.rows_of(Block(STATE, c, layout.all_heads)) for c in layout.q_of(r)] for r in ranks]
+        tokens = np.sum(chunks, axis=1)
+        return np.asarray(tokens / layout.num_ranks if layout.kind == "heads" else tokens)
 
     def attend_seconds(self, q: Block, kv: Block, causal: bool) -> Floats:
         heads = q.heads[1] - q.heads[0]
