@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import sp_backend
 from sp_backend import engine
-from sp_backend.strategies import Options, variants
+from sp_backend.geometry import Geometry, predicted_bytes
+from sp_backend.strategies import Options, plan_for, variants
 from sp_backend.topology import preset
 from tests.ranks import run_on_ranks
 from tests.sp_backend.dense import full_attention
@@ -209,36 +211,62 @@ def attend_twice(rank: int, size: int) -> tuple[int, int]:
         assert torch.equal(first, second)
         kept = engine._ENGINES[group]
         assert kept.prepare.cache_info().misses == len(kept._executors) == 1
+        plan = plan_for("ring_pass_kv", num_ranks=2, num_heads=12, num_kv_heads=4)
+        geometry = Geometry([(*plan.layout.cut_pages(n, 1), 0, 0) for n in RAGGED])
+        once = sum(links[rank, 1 - rank] for links in predicted_bytes(plan, geometry, head_dim=8, itemsize=4))
+        assert sp_backend.counters(group).bytes_sent == 2 * once
         dist.destroy_process_group(group)
     del group
     gc.collect()
     return before, len(engine._ENGINES)
 
 
-def test_plans_are_kept_as_long_as_their_group() -> None:
+def test_a_group_keeps_its_plans_and_sends_what_they_predict() -> None:
     for before, after in run_on_ranks(WORLD, attend_twice):
-        assert after == before
+        assert after == before, "and it is forgotten when it is destroyed"
+
+
+def attend_in_mesh(rank: int, size: int) -> Tensor:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    out, again = (attend_case(Case(), mesh["cp"].get_group(), rank % 2, 2)[0] for _ in range(2))
+    assert torch.equal(out, again)
+    return out
+
+
+def test_both_halves_of_a_device_mesh_work_side_by_side() -> None:
+    for out in run_on_ranks(WORLD, attend_in_mesh):
+        assert float((out - Case().expected()[0]).abs().max()) < 1e-5
+
+
+def attend_fused(rank: int, size: int) -> tuple[Tensor, Tensor]:
+    """q, k and v as views of one projection, as models make them; and the whole of it."""
+    qkv = torch.randn(11, 8, 6, generator=torch.Generator().manual_seed(0))
+    q, k, v = sp_backend.shard(qkv, 11).split((4, 2, 2), dim=1)
+    out = sp_backend.attention(q, k, v, lengths=11, strategy="token_ring")
+    return sp_backend.unshard(out, 11), qkv
+
+
+def test_views_of_a_fused_projection_need_no_copy_by_the_caller() -> None:
+    out, qkv = run_on_ranks(WORLD, attend_fused)[0]
+    assert float((out - full_attention(*qkv.split((4, 2, 2), dim=1))[0]).abs().max()) < 1e-5
 
 
 def shards_of_ids(rank: int, size: int) -> list[Tensor]:
     ids = torch.arange(11)
     both = sp_backend.shard(ids, (7, 4))
-    batch = sp_backend.shard(torch.stack((ids, ids + 100)), 11, layout="contiguous", input_format="BSND")
     assert torch.equal(sp_backend.unshard(both, (7, 4)), ids)
-    return [
-        both,
-        batch,
-        sp_backend.position_ids((7, 4), start=(0, 50)),
-        sp_backend.position_ids(11, layout="contiguous"),
-    ]
+    batch = sp_backend.shard(torch.stack((ids, ids + 100)), 11, layout="contiguous", input_format="BSND")
+    positions = sp_backend.position_ids((7, 4), start=(0, 50)), sp_backend.position_ids(11, layout="contiguous")
+    return [both, batch, *positions, sp_backend.shard(torch.arange(16), 16)]
 
 
 def test_rows_go_sequence_by_sequence_and_by_position_in_each() -> None:
-    zigzag, batch, positions, batch_positions = run_on_ranks(WORLD, shards_of_ids)[1]
-    assert zigzag.tolist() == [0, 5, 7]
+    both, batch, positions, batch_positions, divisible = run_on_ranks(WORLD, shards_of_ids)[1]
+    assert both.tolist() == [0, 5, 7]
     assert positions.tolist() == [0, 5, 50]
     assert batch.tolist() == [[2, 3, 4], [102, 103, 104]]
     assert batch_positions.tolist() == [2, 3, 4]
+    assert divisible.tolist() == [2, 3, 12, 13], "chunks 1 and 6 of 8, as Megatron cuts"
 
 
 def zeros(*shape: int, **options: Any) -> Tensor:
