@@ -36,6 +36,7 @@ class Event:
     name: str
     start: float  # seconds
     end: float
+    peer: int | None = None  # of a send: who receives it
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ class _Engine:
         self._changed = flow.done = True
         for rank in (flow.src, flow.dst):
             self._touching[rank] -= 1
-        self._events.append(Event(flow.src, "send", f"{flow.name} > {flow.dst}", flow.start, self._now))
+        self._events.append(Event(flow.src, "send", f"{flow.name} > {flow.dst}", flow.start, self._now, flow.dst))
         self._ready += flow.waiting
         flow.waiting = []
 

@@ -243,6 +243,7 @@ _KINDS: Final = {
     "nic400": _Kind(45e9, 15e-6, 550e12, 700e12, 2.7e12),
     "nic200": _Kind(22e9, 15e-6, 550e12, 700e12, 2.7e12),
 }
+KINDS: Final = (*_KINDS, "loopback")  # of which a preset's name can speak
 _NICS: Final = {"nic400": 45e9, "nic200": 22e9}
 _NIC_LATENCY: Final = 15e-6
 _LOOPBACK: Final = 2.5e9  # gloo over one host's TCP, each way; both ways together little more
@@ -264,7 +265,7 @@ def preset(name: str) -> Machine:
         raise ValueError(f"unknown topology {name!r}; a JSON file or {GRAMMAR}")
     nodes, kind, ranks, nic, shared = match.groups()
     num_nodes, per_node = int(nodes or 1), int(ranks)
-    if kind not in (*_KINDS, "loopback") or per_node < 1 or num_nodes < 1 or (nic and nic not in _NICS):
+    if kind not in KINDS or per_node < 1 or num_nodes < 1 or (nic and nic not in _NICS):
         raise ValueError(f"unknown topology {name!r}; a JSON file or {GRAMMAR}")
     if (num_nodes > 1) != (nic is not None):
         raise ValueError(f"topology {name!r}: several nodes need a NIC, and one node none; {GRAMMAR}")

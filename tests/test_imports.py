@@ -14,13 +14,17 @@ PACKAGES = ("server", "scheduler", "sp_backend")
 PURE = {  # what the scheduler may use
     "sp_backend",
     "sp_backend.commands",
+    "sp_backend.comparison",
     "sp_backend.config",
     "sp_backend.cost",
+    "sp_backend.explain",
     "sp_backend.layout",
     "sp_backend.operations",
     "sp_backend.planner",
+    "sp_backend.report",
     "sp_backend.simulate",
     "sp_backend.topology",
+    "sp_backend.trace",
 }
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -1,0 +1,134 @@
+"""Every candidate for one batch, costed and ranked, and where each one's time goes. Pure: no torch.
+
+Bytes, waits and times are those of cost.py for the very batch; the server's planner interpolates a table of the same
+predictions, and prefers off on near ties.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sp_backend.cost import ModelShape, PlanCost, Sizes
+from sp_backend.geometry import predicted_bytes
+from sp_backend.plan import Plan
+from sp_backend.planner import OFF, Batch, Candidate, lay_out
+from sp_backend.strategies import Variant, plan_for, variants
+from sp_backend.topology import Floats, Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """machine: exactly the ranks of the SP group. forced: a variant to be shown, whatever is best."""
+
+    machine: Machine
+    shape: ModelShape
+    batch: Batch
+    layout: Literal["tokens", "heads"] = "tokens"
+    causal: bool = True
+    page_size: int = 64
+    whole_step: bool = False  # rank by the time of a forward pass, not by that of one layer's attention
+    forced: Variant | None = None
+
+    def candidates(self) -> list[Variant]:
+        """Every variant that fits, off first (where one rank can do a prompt alone)."""
+        ranks = self.machine.num_ranks
+        found = [OFF] if self.layout == "tokens" else []
+        found += variants(ranks, self.shape.num_heads, self.layout) if ranks > 1 or not found else []
+        return found if self.forced is None or self.forced in found else [*found, self.forced]
+
+    def plan(self, variant: Variant) -> Plan:
+        shape, ranks = self.shape, self.machine.num_ranks
+        heads = shape.num_heads, shape.num_kv_heads
+        return plan_for(variant, num_ranks=ranks, num_heads=heads[0], num_kv_heads=heads[1], causal=self.causal)
+
+
+class Comparison:
+    """Every candidate of a question costed, fastest first."""
+
+    def __init__(self, question: Question) -> None:
+        """Raises ValueError if the forced variant does not fit."""
+        self.question = question
+        self._costs = {
+            variant: PlanCost(question.plan(variant), question.machine, question.shape)
+            for variant in question.candidates()
+        }
+        found = [self._candidate(variant, cost) for variant, cost in self._costs.items()]
+        self.ranked: list[Candidate] = sorted(found, key=self.seconds)
+        self.best = self.ranked[0]
+        self.shown = next((c for c in self.ranked if c.variant == question.forced), self.best)
+
+    def seconds(self, candidate: Candidate) -> float:
+        """What candidates are ranked by."""
+        return candidate.cost.step_seconds if self.question.whole_step else candidate.cost.seconds
+
+    def ratio(self, candidate: Candidate) -> float:
+        return self.seconds(candidate) / self.seconds(self.best)
+
+    def of_each_strategy(self) -> list[tuple[int, Candidate]]:
+        """The best variant of each strategy and the one shown, with their places among all."""
+        seen: set[str] = set()
+        rows = []
+        for place, candidate in enumerate(self.ranked, 1):
+            if candidate.variant.strategy not in seen or candidate is self.shown:
+                rows.append((place, candidate))
+            seen.add(candidate.variant.strategy)
+        return rows
+
+    def over_lengths(self, scales: Sequence[float]) -> dict[str, Floats]:
+        """Seconds [scales] of each strategy's best variant, with every prompt's new tokens times a scale."""
+        question = self.question
+        best: dict[str, Floats] = {}
+        for variant, cost in self._costs.items():
+            batches = [[(max(1, round(new * s)), cached) for new, cached in question.batch] for s in scales]
+            rows = [lay_out(cost.plan.layout, batch, question.page_size).rows for batch in batches]
+            times = cost.times(Sizes(np.array(rows, np.int64), np.ones((len(rows), len(question.batch)), np.int64)))
+            seconds = times.step if question.whole_step else times.attention
+            name = variant.strategy
+            best[name] = np.minimum(best[name], seconds) if name in best else seconds
+        return best
+
+    def _candidate(self, variant: Variant, cost: PlanCost) -> Candidate:
+        geometry = lay_out(cost.plan.layout, self.question.batch, self.question.page_size)
+        degree = 1 if variant == OFF else variant.degree or self.question.machine.num_ranks
+        return Candidate(variant, degree, cost.plan, geometry, cost.cost(geometry))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Where the time of a layer's attention goes, in seconds. Compute, exposed and overhead add up to all of it; link
+    and fixed may hide behind compute.
+    """
+
+    compute: float  # kernel calls, in each round those of the rank that has most
+    exposed: float  # communication that compute does not hide
+    overhead: float  # rounds, messages, packing and merging
+    link: float  # the busiest resource's bytes at its capacity
+    resource: str  # that resource
+    fixed: float  # latencies, rounds and messages: what no bandwidth would save
+
+
+def parts(candidate: Candidate, machine: Machine, shape: ModelShape) -> Parts:
+    cost, rates = candidate.cost, machine.rates
+    compute = min(sum(r.compute for r in cost.rounds), cost.seconds)
+    capacity = machine.topology.resources
+    resource = max(cost.resource_bytes, key=lambda n: cost.resource_bytes[n] / capacity[n], default="")
+    latency = {pair: link.latency for pair, link in machine.topology.by_pair().items()}
+    fixed = 0.0
+    for links in predicted_bytes(candidate.plan, candidate.geometry, shape.head_dim, shape.itemsize):
+        at_rank = Counter(rank for pair in links for rank in pair)
+        fixed += rates.round_seconds
+        if links:
+            fixed += max(latency[pair] for pair in links) + max(at_rank.values()) * rates.message_seconds
+    return Parts(
+        compute=compute,
+        exposed=cost.exposed,
+        overhead=max(0.0, cost.seconds - compute - cost.exposed),
+        link=cost.resource_bytes[resource] / capacity[resource] if resource else 0.0,
+        resource=resource,
+        fixed=fixed,
+    )

@@ -1,0 +1,220 @@
+"""A comparison told: the ranking, why the first candidate wins, the plan, and all of it as data. Pure: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from sp_backend.comparison import Comparison, Question, parts
+from sp_backend.plan import Plan
+from sp_backend.planner import HIDDEN, TIE, Candidate
+
+_MOST_COLUMNS: Final = 200  # of a plan's table, unless all is asked for
+_MOST_LINES: Final = 40
+
+
+def why(comparison: Comparison) -> str:
+    """In a few sentences: what binds the best candidate, and what the next strategy loses by."""
+    best, question = comparison.best, comparison.question
+    told = f"{best.variant} wins. {_binds(best, question)}"
+    if question.whole_step:
+        share = question.shape.num_layers * best.cost.seconds / best.cost.step_seconds
+        told += f" Attention is {share:.0%} of the step's {milliseconds(best.cost.step_seconds)}."
+    others = [c for _, c in comparison.of_each_strategy() if c.variant.strategy != best.variant.strategy]
+    equal = [str(c.variant) for c in others if comparison.ratio(c) < 1 + TIE]
+    if equal:
+        return f"{told} Within {TIE:.0%} of it, which no prediction tells apart: {', '.join(equal)}."
+    if others:
+        told += f" The next strategy, {others[0].variant}, takes {comparison.ratio(others[0]):.2f}x: "
+        told += f"{_loss(best, others[0], question)}."
+    return told
+
+
+def _binds(candidate: Candidate, question: Question) -> str:
+    cost, total = candidate.cost, milliseconds(candidate.cost.seconds)
+    spent = parts(candidate, question.machine, question.shape)
+    compute, link = milliseconds(spent.compute), milliseconds(spent.link)
+    if not cost.link_bytes:
+        return f"Nothing is sent: {total}, of which compute is {compute}."
+    sent = f"{size(cost.resource_bytes[spent.resource])} through {spent.resource}, the busiest part of the way"
+    most = max(spent.compute, spent.link, spent.fixed)
+    if most == spent.compute:
+        hides = "hides behind it" if spent.exposed < HIDDEN * cost.seconds else "does not all hide behind it"
+        rest = f"exposed are {milliseconds(spent.exposed)}"
+        if spent.overhead >= HIDDEN * cost.seconds:
+            rest += f", and rounds, messages, packing and merging take {milliseconds(spent.overhead)}"
+        return f"Compute binds: {compute} of {total}. Communication ({sent}: {link}) {hides}; {rest}."
+    if most == spent.link:
+        rate = size(question.machine.topology.resources[spent.resource])
+        return f"A link binds: {sent}, take {link} of {total} at {rate}/s."
+    fixed = f"{len(candidate.plan.rounds)} rounds and their messages cost {milliseconds(spent.fixed)} of {total}"
+    return f"Latency binds: {fixed} at any bandwidth; {sent}, take {link}."
+
+
+def _loss(best: Candidate, other: Candidate, question: Question) -> str:
+    """The part of the time by which the other one falls behind most."""
+    mine, theirs = (parts(c, question.machine, question.shape) for c in (best, other))
+    layers = question.shape.num_layers if question.whole_step else 1
+    lost = {
+        "its kernel calls take": layers * (theirs.compute - mine.compute),
+        "it exposes": layers * (theirs.exposed - mine.exposed),
+        "its rounds, messages, packing and merging take": layers * (theirs.overhead - mine.overhead),
+    }
+    if question.whole_step:
+        dense = [c.cost.step_seconds - layers * c.cost.seconds for c in (best, other)]
+        lost["its dense work takes"] = dense[1] - dense[0]
+    most = max(lost, key=lost.__getitem__)
+    more = f"{most} {milliseconds(lost[most])} more"
+    if most != "it exposes":
+        return more
+    return (
+        f"{more} communication (busiest part of the way: {milliseconds(theirs.link)} against {milliseconds(mine.link)})"
+    )
+
+
+def as_text(comparison: Comparison, whole_plan: bool = False) -> str:
+    return "\n\n".join(
+        [
+            _asked(comparison.question),
+            _ranking(comparison),
+            why(comparison),
+            plan_table(comparison.shown.plan, whole_plan),
+        ]
+    )
+
+
+def _asked(question: Question) -> str:
+    shape, batch = question.shape, question.batch
+    new, cached = sum(n for n, _ in batch), sum(c for _, c in batch)
+    prompts = "1 prompt" if len(batch) == 1 else f"{len(batch)} prompts"
+    heads = f"{shape.num_heads}:{shape.num_kv_heads} heads of {shape.head_dim}"
+    return (
+        f"{question.machine.num_ranks} ranks of {question.machine.name}; {heads}, "
+        f"{shape.itemsize} bytes an element, {'causal' if question.causal else 'full'} mask; "
+        f"{prompts}, {new:,} new and {cached:,} cached tokens"
+    )
+
+
+def _ranking(comparison: Comparison) -> str:
+    title = f"{len(comparison.ranked)} candidates, the best variant of each strategy; ms of a layer's attention"
+    header = ["#", "plan", "attention", "exposed", "hidden", "ratio", "busiest link", "all links"]
+    if comparison.question.whole_step:
+        header.insert(2, "whole step")
+    rows = [header]
+    for place, c in comparison.of_each_strategy():
+        cost, pair = c.cost, busiest_link(c)
+        row = [str(place), str(c.variant), *(f"{x * 1e3:.3f}" for x in (cost.seconds, cost.exposed, cost.hidden))]
+        link = f"{size(cost.link_bytes[pair])} {pair[0]}>{pair[1]}" if pair else "-"
+        row += [f"{comparison.ratio(c):.2f}", link, size(cost.total_bytes) if pair else "-"]
+        if comparison.question.whole_step:
+            row.insert(2, f"{cost.step_seconds * 1e3:.1f}")
+        rows.append(row)
+    return f"{title}\n{_aligned(rows)}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [x.ljust(w) if i == 1 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def plan_table(plan: Plan, whole: bool = False) -> str:
+    """Ranks down, rounds across; cut to a screen unless the whole is asked for."""
+    lines = plan.table().split("\n")
+    if whole or (len(lines) <= _MOST_LINES and max(map(len, lines)) <= _MOST_COLUMNS):
+        return "\n".join(lines)
+    cut = [line if len(line) <= _MOST_COLUMNS else f"{line[: _MOST_COLUMNS - 1]}…" for line in lines[:_MOST_LINES]]
+    ranks, rounds = plan.layout.num_ranks, len(plan.rounds)
+    return "\n".join([*cut, f"(cut: --table prints all of {ranks} ranks x {rounds} rounds)"])
+
+
+def as_data(comparison: Comparison) -> dict[str, Any]:
+    """Seconds and bytes; the keys are described in docs/planning.md."""
+    question, shape = comparison.question, comparison.question.shape
+    return {
+        "question": {
+            "topology": question.machine.name,
+            "sp_size": question.machine.num_ranks,
+            "heads": shape.num_heads,
+            "kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "layers": shape.num_layers,
+            "dense_params": shape.dense_flops / 2,
+            "itemsize": shape.itemsize,
+            "layout": question.layout,
+            "mask": "causal" if question.causal else "full",
+            "page_size": question.page_size,
+            "new_tokens": [new for new, _ in question.batch],
+            "cached_tokens": [cached for _, cached in question.batch],
+        },
+        "ranked_by": "step_seconds" if question.whole_step else "attention_seconds",
+        "why": why(comparison),
+        "candidates": [_row(comparison, c) for c in comparison.ranked],
+        "plan": _plan(comparison.shown.plan),
+    }
+
+
+def _row(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:
+    cost, pair = candidate.cost, busiest_link(candidate)
+    spent = parts(candidate, comparison.question.machine, comparison.question.shape)
+    return {
+        "name": str(candidate.variant),
+        "strategy": candidate.variant.strategy,
+        "options": candidate.variant.options.given(),
+        "degree": candidate.degree,
+        "ratio": comparison.ratio(candidate),
+        "attention_seconds": cost.seconds,
+        "step_seconds": cost.step_seconds,
+        "compute_seconds": spent.compute,
+        "exposed_seconds": cost.exposed,
+        "hidden_seconds": cost.hidden,
+        "overhead_seconds": spent.overhead,
+        "busiest_resource": spent.resource or None,
+        "busiest_resource_seconds": spent.link,
+        "busiest_link": _arrow(pair) if pair else None,
+        "total_bytes": cost.total_bytes,
+        "link_bytes": {_arrow(link): num_bytes for link, num_bytes in sorted(cost.link_bytes.items())},
+        "rounds": [{"compute": r.compute, "transfer": r.transfer, "wait": r.wait} for r in cost.rounds],
+    }
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    return {
+        "name": plan.name,
+        "digest": plan.digest,
+        "rounds": msgspec.to_builtins(plan.rounds),
+    }
+
+
+def busiest_link(candidate: Candidate) -> tuple[int, int] | None:
+    """The (src, dst) that carries most bytes; None: nothing is sent."""
+    links = candidate.cost.link_bytes
+    return max(links, key=links.__getitem__, default=None)
+
+
+def _arrow(link: tuple[int, int]) -> str:
+    return f"{link[0]}>{link[1]}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, and no finer than a microsecond."""
+    value = round(seconds * 1e3, 3)
+    return f"{value:,.{_decimals(value)}f} ms" if value else "0 ms"
+
+
+def size(num_bytes: float) -> str:
+    """Three digits, with a unit: 235 MB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.{_decimals(num_bytes / scale)}f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def _decimals(value: float) -> int:
+    return max(0, 2 - max(0, len(str(int(value))) - 1)) if value >= 1 else 3

@@ -1,0 +1,276 @@
+"""`python -m sp_backend.explain`: the ranking, its reasons, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sp_backend import explain
+from sp_backend.comparison import Comparison, Question, parts
+from sp_backend.cost import ModelShape
+from sp_backend.geometry import predicted_bytes
+from sp_backend.planner import OFF
+from sp_backend.report import as_data, as_text, milliseconds, plan_table, size, why
+from sp_backend.simulate import simulate
+from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for
+from sp_backend.topology import KINDS, Machine, load_machine
+from tests.checkpoints import make_checkpoint
+
+GQA = ModelShape(num_heads=64, num_kv_heads=8, head_dim=128)
+ASKED = ["--topology", "nvlink4-4", "--heads", "64", "--kv-heads", "8"]
+
+
+def compare(topology: str = "nvlink4-4", new: int = 8192, cached: int = 0, **more: Any) -> Comparison:
+    return Comparison(Question(load_machine(topology), more.pop("shape", GQA), [(new, cached)], **more))
+
+
+# The ranking
+
+
+def test_candidates_are_ranked_by_predicted_time_and_off_is_among_them() -> None:
+    comparison = compare()
+    seconds = [c.cost.seconds for c in comparison.ranked]
+    assert seconds == sorted(seconds)
+    assert OFF in [c.variant for c in comparison.ranked]
+    assert comparison.ratio(comparison.best) == 1
+
+
+def test_with_the_models_sizes_a_whole_step_is_ranked() -> None:
+    shape = ModelShape(64, 8, 128, num_layers=32, dense_flops=2 * 7e9)
+    comparison = compare(shape=shape, whole_step=True)
+    seconds = [c.cost.step_seconds for c in comparison.ranked]
+    assert seconds == sorted(seconds)
+    assert "whole step" in as_text(comparison)
+
+
+def test_each_strategy_is_shown_once_at_its_best() -> None:
+    comparison = compare()
+    shown = [c.variant.strategy for _, c in comparison.of_each_strategy()]
+    assert len(shown) == len(set(shown))
+    assert set(shown) == {name for name, row in STRATEGIES.items() if row.layout == "tokens"} | {OFF.strategy}
+
+
+def test_bytes_are_those_that_the_wires_carry() -> None:
+    comparison = compare(cached=1000)
+    for c, row in zip(comparison.ranked, as_data(comparison)["candidates"], strict=True):
+        rounds = predicted_bytes(c.plan, c.geometry, GQA.head_dim, GQA.itemsize)
+        assert row["total_bytes"] == sum(sum(r.values()) for r in rounds)
+        assert row["link_bytes"].get(row["busiest_link"], 0) == max(row["link_bytes"].values(), default=0)
+
+
+def test_compute_exposed_communication_and_overhead_are_all_of_the_time() -> None:
+    comparison = compare(new=2048)
+    for c in comparison.ranked:
+        spent = parts(c, comparison.question.machine, GQA)
+        assert spent.compute + spent.exposed + spent.overhead == pytest.approx(c.cost.seconds, rel=0.02)
+
+
+def test_a_strategy_that_is_asked_for_is_shown_even_if_it_is_no_candidate() -> None:
+    asked = Variant("hamilton", Options(num_rings=1))
+    comparison = compare(forced=asked)
+    assert comparison.shown.variant == asked != comparison.best.variant
+    assert asked in [c.variant for _, c in comparison.of_each_strategy()]
+    assert as_data(comparison)["plan"]["name"] == str(asked)
+
+
+# Why the first one wins
+
+
+@pytest.mark.parametrize(
+    ("topology", "new", "heads", "reason"),
+    [
+        ("nvlink4-4", 131072, (64, 8), "Compute binds"),
+        ("nic200-4", 4096, (32, 32), "A link binds"),
+        ("nic400-8", 1024, (8, 8), "Latency binds"),
+        ("nvlink4-4", 16, (64, 8), "local wins. Nothing is sent"),
+    ],
+)
+def test_the_reason_is_what_binds(topology: str, new: int, heads: tuple[int, int], reason: str) -> None:
+    shape = ModelShape(*heads, 128, num_layers=32, dense_flops=2 * 7e9)
+    assert reason in why(compare(topology, new, shape=shape, whole_step=True))
+
+
+def test_the_reason_says_what_the_next_strategy_loses_by() -> None:
+    assert "The next strategy, ring_pass_kv@2, takes" in why(compare(new=64))
+
+
+def test_the_reason_names_what_no_prediction_tells_apart() -> None:
+    comparison = compare(new=131072)
+    assert "which no prediction tells apart: " in why(comparison)
+
+
+# What is written
+
+
+def test_a_large_plan_is_cut_with_a_note() -> None:
+    plan = plan_for("ring_pass_kv", num_ranks=16, num_heads=16, num_kv_heads=8)
+    cut = plan_table(plan)
+    assert max(map(len, cut.split("\n"))) <= 200
+    assert cut.endswith("(cut: --table prints all of 16 ranks x 16 rounds)")
+    assert plan_table(plan, whole=True) == plan.table()
+
+
+def test_the_text_has_the_ranking_the_reason_and_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain.main([*ASKED, "--new-tokens", "8192", "--strategy", "ring_pass_kv_up"]) == 0
+    asked, ranking, reason, table = capsys.readouterr().out.strip().split("\n\n")
+    assert asked.startswith("4 ranks of nvlink4-4; 64:8 heads of 128") and "8,192 new and 0 cached" in asked
+    assert "ratio  busiest link" in ranking and "ring_pass_kv" in ranking
+    assert " wins. " in reason
+    assert table == plan_for("ring_pass_kv_up", num_ranks=4, num_heads=64, num_kv_heads=8).table()
+
+
+def test_a_plan_may_be_asked_for_as_the_ranking_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    explain.main([*ASKED, "--new-tokens", "8192", "--strategy", "hybrid(ulysses_degree=2,ring_inside)"])
+    by_name = capsys.readouterr().out
+    flags = ["--strategy", "hybrid", "--sp-ulysses-degree", "2", "--sp-ring-inside"]
+    explain.main([*ASKED, "--new-tokens", "8192", *flags])
+    assert capsys.readouterr().out == by_name
+
+
+def test_json_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = ["--new-tokens", "4096", "300", "--cached-tokens", "0", "9000"]
+    explain.main([*ASKED, *batch, "--json", str(tmp_path / "out.json")])
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert data["question"]["new_tokens"] == [4096, 300] and data["question"]["cached_tokens"] == [0, 9000]
+    assert data["ranked_by"] == "attention_seconds"
+    best = data["candidates"][0]
+    assert data["why"] in capsys.readouterr().out and data["why"].startswith(f"{best['name']} wins")
+    assert best["ratio"] == 1 and best["name"] == data["plan"]["name"]
+    assert len(best["rounds"]) == len(data["plan"]["rounds"]) + 1  # and what remains when those are over
+    block = data["plan"]["rounds"][0]["attends"][0]["q"]
+    assert block == {"operand": "Q", "chunk": 0, "heads": block["heads"], "piece": [0, 1]}
+
+
+def test_the_timeline_is_the_simulated_schedule(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    explain.main([*ASKED, "--new-tokens", "8192", "--strategy", "token_ring", "--timeline", str(file)])
+    events = json.loads(file.read_text())["traceEvents"]
+    comparison = compare(forced=Variant("token_ring"))
+    shown, machine = comparison.shown, comparison.question.machine
+    simulation = simulate(shown.plan, machine, GQA, shown.geometry)
+
+    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == [f"rank {r}" for r in range(4)]
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    complete = [e for e in events if e["ph"] == "X"]
+    assert max(e["ts"] + e["dur"] for e in complete) == pytest.approx(simulation.seconds * 1e6)
+    assert len(complete) == len(simulation.timeline) + len([e for e in simulation.timeline if e.kind == "send"])
+    assert {name.split()[0] for name in threads.values()} == {"compute", "wait", "send", "receive"}
+    for thread in threads:  # viewers drop events that overlap on a row
+        row = sorted((e["ts"], e["dur"]) for e in complete if (e["pid"], e["tid"]) == thread)
+        assert row and all(a + dur <= b + 1e-6 for (a, dur), (b, _) in pairwise(row))
+    received = [e for e in complete if threads[e["pid"], e["tid"]].startswith("receive")]
+    assert received and all(e["args"]["to"] == e["pid"] for e in received)
+
+
+def test_a_plot_has_a_line_for_each_strategy(tmp_path: Path) -> None:
+    explain.main([*ASKED, "--new-tokens", "4096", "--plot", str(tmp_path / "plot.png")])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    comparison = compare(new=4096)
+    at_once = comparison.over_lengths([0.5, 1.0])
+    for _, c in comparison.of_each_strategy():
+        assert at_once[c.variant.strategy][1] == pytest.approx(c.cost.seconds)
+
+
+def test_topologies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain.main(["--list-topologies"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{kind} " in printed for kind in KINDS)
+    assert "350 GB/s" in printed and "2xnvlink4-8/nic400" in printed
+
+
+def test_sizes_come_from_a_models_folder_and_flags_override_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_checkpoint(tmp_path / "model", "qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    explain.main(["--topology", "loopback-2", "--new-tokens", "512", "--model", str(folder)])
+    heads = f"{config['num_attention_heads']}:{config['num_key_value_heads']} heads of "
+    printed = capsys.readouterr().out
+    assert heads in printed and "whole step" in printed
+    explain.main(["--topology", "loopback-2", "--new-tokens", "512", "--model", str(folder), "--head-dim", "64"])
+    assert f"{heads}64" in capsys.readouterr().out
+
+
+def test_a_topology_may_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = load_machine("pcie4-4")
+    file = tmp_path / "mine.json"
+    file.write_text(Machine("mine", machine.topology, machine.rates).to_json())
+    explain.main(["--topology", str(file), "--sp-size", "2", "--heads", "8", "--new-tokens", "512"])
+    assert capsys.readouterr().out.startswith("2 ranks of mine; 8:8 heads")
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--heads 8 --new-tokens 5", "--topology is missing"),
+        ("--topology nvlink4-4 --new-tokens 5", "--heads is missing"),
+        ("--topology nvlink4-4 --heads 8", "--new-tokens is missing"),
+        ("--topology warp-4 --heads 8 --new-tokens 5", "--topology warp-4: unknown topology"),
+        ("--topology nvlink4-4 --sp-size 9 --heads 8 --new-tokens 5", "--topology nvlink4-4: a topology of 4 ranks"),
+        ("--topology nvlink4-4 --sp-size 0 --heads 8 --new-tokens 5", "--sp-size 0: at least 1"),
+        ("--topology nvlink4-4 --heads 8 --kv-heads 3 --new-tokens 5", "--kv-heads 3 does not divide --heads 8"),
+        ("--topology nvlink4-4 --heads 0 --new-tokens 5", "--heads 0: at least 1"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 0", "--new-tokens 0: at least 1"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --cached-tokens -1", "--cached-tokens -1: at least 0"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 6 --cached-tokens 1", "one for each prompt"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --dense-params 7e9", "--dense-params needs --layers"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy spiral", "--strategy spiral: not a strategy"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --sp-num-rings 2", "--sp-num-rings needs a --strategy"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy hamilton --sp-num-rings 9", "--sp-num-rings"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy ulysses --sp-window-size 2", "--sp-window-size"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy ulysses --sp-degree 3", "degree"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --model nowhere", "nowhere: no such folder"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --json nowhere/x", "--json nowhere/x: cannot be written"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens five", "--new-tokens: invalid int value"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_that_names_the_flag(
+    flags: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        explain.main(flags.split())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told in error and error.count("\n") == 1
+
+
+def test_a_plot_without_matplotlib_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        explain.main([*ASKED, "--new-tokens", "64", "--plot", str(tmp_path / "plot.png")])
+    assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_neither_torch_nor_matplotlib_is_imported() -> None:
+    flags = [*ASKED, "--new-tokens", "512"]
+    code = f"""
+import sys
+from sp_backend.explain import main
+main({flags})
+assert not {{"torch", "matplotlib"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 B"), (999, "999 B"), (67.1e6, "67.1 MB"), (2.145e12, "2.15 TB")])
+def test_bytes_read_well(number: float, text: str) -> None:
+    assert size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0 ms"), (12e-6, "0.012 ms"), (0.0015, "1.50 ms"), (0.1234, "123 ms"), (12.3, "12,300 ms")],
+)
+def test_times_read_well(seconds: float, text: str) -> None:
+    assert milliseconds(seconds) == text
