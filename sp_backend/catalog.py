@@ -5,12 +5,14 @@ Workers and the controller each make both from the same machine, and so come to 
 
 from __future__ import annotations
 
+from functools import partial
+
 from sp_backend.config import AUTO, BackendConfig
 from sp_backend.cost import ModelShape
 from sp_backend.layout import Kind
 from sp_backend.models.config import ModelConfig
 from sp_backend.plan import Plan
-from sp_backend.planner import Planner
+from sp_backend.planner import OFF, Planner
 from sp_backend.strategies import Variant, plan_for
 from sp_backend.topology import Machine
 
@@ -51,10 +53,11 @@ def plans_for(config: BackendConfig, model: ModelConfig, planner: Planner | None
     heads = config.layout == "heads"
     kind: Kind = "heads" if heads else "home"
     spread = [config.variant] if planner is None else planner.winners
-    sizes = {
-        "num_ranks": config.sp_size,
-        "num_heads": model.num_heads // config.tp_size,
-        "num_kv_heads": model.num_kv_heads // config.tp_size,
-    }
-    plans = {str(variant): plan_for(variant, redundant_kv=config.redundant_kv, **sizes) for variant in spread}
-    return plans | {"decode": plan_for("decode", kind=kind, **sizes), "local": plan_for("local", **sizes)}
+    build = partial(
+        plan_for,
+        num_ranks=config.sp_size,
+        num_heads=model.num_heads // config.tp_size,
+        num_kv_heads=model.num_kv_heads // config.tp_size,
+    )
+    plans = {str(variant): build(variant, redundant_kv=config.redundant_kv) for variant in spread if variant != OFF}
+    return plans | {"decode": build("decode", kind=kind), "local": build(OFF)}

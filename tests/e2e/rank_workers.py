@@ -14,11 +14,13 @@ import torch
 
 from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
+from scheduler.plans import StepPlanner
 from scheduler.request import GenerateRequest, Output
 from sp_backend.commands import Sampling, Step, StepResult
 from sp_backend.config import BackendConfig
 from sp_backend.kernels import Attention, get_kernel
 from sp_backend.state import AttentionState
+from sp_backend.topology import Machine
 from sp_backend.worker import Links, Worker, connect
 from tests.ranks import run_on_ranks
 
@@ -37,9 +39,9 @@ def _connect(tp_size: int, sp_size: int, layout: str, rank: int) -> Links:
     return connect(config, rank)
 
 
-def build(rank: int, size: int, config: BackendConfig) -> dict[str, str]:
+def build(rank: int, size: int, config: BackendConfig, machine: Machine | None = None) -> dict[str, str]:
     links = _connect(config.tp_size, config.sp_size, config.layout, rank)
-    _worker["it"] = Worker(config, rank, links)
+    _worker["it"] = Worker(config, rank, links, machine=machine)
     return _worker["it"].ready().plan_digests
 
 
@@ -57,11 +59,11 @@ def step(rank: int, size: int, steps: list[Step], with_logits: bool) -> tuple[St
 class RankWorkers:
     """A `Workers` over the pool. While `logits` is set, every position's are added to it."""
 
-    def __init__(self, config: BackendConfig) -> None:
+    def __init__(self, config: BackendConfig, machine: Machine | None = None) -> None:
         self._config = config
         self._results: list[StepResult] | None = None
         self.logits: Logits | None = None
-        digests = run_on_ranks(config.world_size, build, config)
+        digests = run_on_ranks(config.world_size, build, config, machine)
         assert all(digest == digests[0] for digest in digests)
 
     def submit(self, steps: list[Step]) -> None:
@@ -79,12 +81,19 @@ class RankWorkers:
 class Engine:
     """Controller and workers; `complete` runs requests together to their end."""
 
-    def __init__(self, config: BackendConfig, scheduler: SchedulerConfig) -> None:
+    def __init__(
+        self,
+        config: BackendConfig,
+        scheduler: SchedulerConfig,
+        machine: Machine | None = None,
+        planner: StepPlanner | None = None,
+    ) -> None:
+        """machine: whose planner says which plans the workers build. planner: who chooses among them."""
         self.backend = config
-        self.workers = RankWorkers(config)
+        self.workers = RankWorkers(config, machine)
         self._outputs: dict[str, list[Output]] = defaultdict(list)
         assert config.num_pages is not None
-        self.controller = Controller(scheduler, config, self.workers, config.num_pages, self._collect)
+        self.controller = Controller(scheduler, config, self.workers, config.num_pages, self._collect, planner=planner)
         self._num_requests = 0
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:

@@ -6,14 +6,23 @@ shorter than the threshold, cut into several chunks, and share a prefix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 
 from scheduler.config import SchedulerConfig
+from sp_backend.catalog import planner_for
 from sp_backend.config import BackendConfig
+from sp_backend.models.config import ModelConfig
+from sp_backend.planner import OFF, Choice, Planner
+from sp_backend.strategies import STRATEGIES
+from sp_backend.topology import load_machine
 from tests.checkpoints import FAMILIES, make_checkpoint, oracle_greedy, oracle_logits
 from tests.e2e.rank_workers import Engine, Logits, sabotage
 from tests.ranks import run_on_ranks
@@ -31,6 +40,13 @@ CASES = [
     pytest.param(tp, sp, layout, strategy, redundant, id=f"tp{tp}-sp{sp}-{strategy}{'-redundant' * redundant}")
     for tp, sp in WORLDS
     for layout, strategy, redundant in VARIANTS
+]
+
+OTHERS = [
+    (sp, strategy)
+    for sp in (2, 3, 4)
+    for strategy, row in STRATEGIES.items()
+    if row.layout == "tokens" and strategy not in {v[1] for v in VARIANTS}
 ]
 
 random = np.random.default_rng(0)
@@ -60,19 +76,14 @@ def expected_logits(model: Path) -> Logits:
     return dict(enumerate(oracle_logits(model, tokens).numpy()))
 
 
-def engine(model: Path, tp: int, sp: int, layout: str, strategy: str, redundant: bool) -> Engine:
-    config = BackendConfig(
-        model_path=str(model),
-        dtype="float32",
-        tp_size=tp,
-        sp_size=sp,
-        layout=layout,
-        strategy=strategy,
-        redundant_kv=redundant,
-        page_size=PAGE,
-        num_pages=48,
-        context_length=1024,
+def backend(model: Path, **changes: Any) -> BackendConfig:
+    return BackendConfig(
+        model_path=str(model), dtype="float32", page_size=PAGE, num_pages=48, context_length=1024, **changes
     )
+
+
+def engine(model: Path, tp: int, sp: int, layout: str, strategy: str, redundant: bool) -> Engine:
+    config = backend(model, tp_size=tp, sp_size=sp, layout=layout, strategy=strategy, redundant_kv=redundant)
     return Engine(config, SchedulerConfig(chunked_prefill_size=CHUNK, sp_threshold=THRESHOLD))
 
 
@@ -101,6 +112,52 @@ def test_logits_and_tokens(
     prompts = [SHORT, FOLLOW_UP, LONG]
     assert it.complete(prompts, NEW_TOKENS) == [list(expected_tokens(model, tuple(p))) for p in prompts]
     assert it.cached_tokens(2) == 77 // PAGE * PAGE
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+@pytest.mark.parametrize(("sp", "strategy"), OTHERS)
+def test_every_other_strategy(folder: Path, family: str, sp: int, strategy: str) -> None:
+    model = checkpoint(folder, family)
+    it = engine(model, 1, sp, "tokens", strategy, False)
+    assert worst_error(it, model) <= 1e-4
+    assert it.complete([SHORT, FOLLOW_UP], NEW_TOKENS) == [expected_tokens(model, tuple(p)) for p in (SHORT, FOLLOW_UP)]
+
+
+class Restless:
+    """A planner that runs another plan in every step, and spreads every prompt over another number of ranks."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+        self._random = Random(0)
+        self.chosen: set[str] = set()
+
+    def degree_for(self, num_new: int, num_cached: int) -> int:
+        return self._random.choice(self._planner.degrees)
+
+    def choose(self, batch: Sequence[tuple[int, int]], degree: int) -> Choice:
+        choice = self._planner.choose(batch, degree)
+        if degree == 1:
+            return choice
+        fitting = [v for v in self._planner.winners if (v.degree or self._planner.num_ranks) == degree and v != OFF]
+        choice = replace(choice, variant=self._random.choice(fitting))
+        self.chosen.add(str(choice.variant))
+        return choice
+
+
+def test_any_plan_in_any_step(folder: Path) -> None:
+    """What is cached does not depend on the plan that computed it."""
+    model = checkpoint(folder, "qwen3")
+    config = backend(model, sp_size=4, strategy="auto")
+    machine = load_machine("nic200-4")
+    planner = planner_for(config, ModelConfig.load(model), machine)
+    assert planner is not None and {2, 4} <= set(planner.degrees)
+    restless = Restless(planner)
+    it = Engine(config, SchedulerConfig(chunked_prefill_size=CHUNK), machine, restless)
+    prompts = [LONG[: 101 - 3 * i] + SHORT for i in range(12)]
+    for i in range(0, len(prompts), 3):
+        batch = prompts[i : i + 3]
+        assert it.complete(batch, NEW_TOKENS) == [expected_tokens(model, tuple(p)) for p in batch]
+    assert len(restless.chosen) >= 5 and any("@2" in plan for plan in restless.chosen)
 
 
 @pytest.mark.parametrize("sp", [2, 4])
