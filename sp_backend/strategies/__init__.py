@@ -106,7 +106,6 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-@lru_cache(maxsize=1024)
 def plan_for(
     variant: Variant | str,
     *,
@@ -117,25 +116,30 @@ def plan_for(
     redundant_kv: bool = False,
     kind: Kind | None = None,
 ) -> Plan:
-    """Build, prune and prove a strategy's plan.
+    """Build, prune and prove a strategy's plan, once for the same arguments.
 
     variant: a strategy's name stands for its defaults. kind: None is the first layout of the strategy.
     Raises ValueError for sizes and options that do not fit it.
     """
     if isinstance(variant, str):
         variant = Variant(variant)
-    strategy = _row(variant)
-    kind = kind or strategy.kinds[0]
-    if kind not in strategy.kinds:
-        raise ValueError(f"strategy {variant.strategy} works on layouts {', '.join(strategy.kinds)}, not {kind}")
-    layout = Layout(num_ranks, kind, num_heads, num_kv_heads, causal, strategy.history, redundant_kv)
-    degree = layout.group_size if variant.degree is None else variant.degree
-    options = {name: getattr(variant.options, name) for name in strategy.takes}
-    if degree == layout.group_size:
-        plan = strategy.build(layout, **options)
+    row = _row(variant)
+    kind = kind or row.kinds[0]
+    if kind not in row.kinds:
+        raise ValueError(f"strategy {variant.strategy} works on layouts {', '.join(row.kinds)}, not {kind}")
+    return _plan(variant, Layout(num_ranks, kind, num_heads, num_kv_heads, causal, row.history, redundant_kv))
+
+
+@lru_cache(maxsize=1024)
+def _plan(variant: Variant, layout: Layout) -> Plan:
+    """layout: of one group of all ranks, which a degree cuts."""
+    row = STRATEGIES[variant.strategy]
+    options = {name: getattr(variant.options, name) for name in row.takes}
+    if variant.degree is None or variant.degree == layout.group_size:
+        plan = row.build(layout, **options)
     else:
-        groups = replace(layout, history="own", degree=degree)  # refuses a degree that does not fit
-        plan = replicate(strategy.build(replace(layout, num_ranks=degree), **options), groups)
+        groups = replace(layout, history="own", degree=variant.degree)  # refuses a degree that does not fit
+        plan = replicate(row.build(replace(layout, num_ranks=variant.degree), **options), groups)
     return prove(replace(prune(plan), name=str(variant)))
 
 

@@ -102,8 +102,8 @@ def test_up_to_sixteen_ranks(num_ranks: int) -> None:
     for name, strategy in STRATEGIES.items():
         kinds = strategy.kinds if num_ranks <= 8 else [strategy.kinds[num_ranks % len(strategy.kinds)]]
         for kind in kinds:
-            heads = 2 * num_ranks if kind == "heads" else 16
-            plan = plan_for(name, num_ranks=num_ranks, num_heads=heads, num_kv_heads=heads // 2, kind=kind)
+            sizes = {"num_ranks": num_ranks, "num_heads": 2 * num_ranks, "num_kv_heads": num_ranks}
+            plan = plan_for(name, kind=kind, **sizes)  # type: ignore[arg-type]
             batch = Batch(plan.layout, [Request(3 * num_ranks + 1, 2 * num_ranks + 5), Request(1, 33, 5)], head_dim=2)
             result = run_lockstep(plan, batch, kernel=get_kernel("torch_cpu"))
             assert error(result.outs, batch.expected()) < 1e-5

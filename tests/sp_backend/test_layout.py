@@ -66,6 +66,17 @@ def test_kv_heads_of_a_group_that_is_cut() -> None:
     assert Layout(4, "heads", 8, 1).kv_heads((2, 4)) == (0, 1)
 
 
+def test_groups_of_a_degree_are_layouts_of_their_own() -> None:
+    lay = Layout(4, "zigzag", 4, 4, history="own", degree=2)
+    assert [lay.q_of(r) for r in range(4)] == [[0, 3], [1, 2], [4, 7], [5, 6]]
+    assert [lay.kv_of(r) for r in range(4)] == [[0, 3, 8], [1, 2, 9], [4, 7, 10], [5, 6, 11]]
+    assert [lay.mask(6, k) for k in range(12)] == [EMPTY] * 4 + [FULL, FULL, CAUSAL, EMPTY] + [EMPTY] * 2 + [FULL] * 2
+    assert lay.cut_pages(8, 2, group=1) == (0, 0, 0, 0, 2, 2, 2, 2)
+    assert lay.page_ranks(8, 2, group=1) == (2, 3, 3, 2)
+    home = Layout(4, "home", 4, 4, history="own", degree=2)  # decode: a sequence's history is on its group's ranks
+    assert [home.mask(2, k) for k in range(4, 8)] == [EMPTY, EMPTY, FULL, FULL]
+
+
 @given(
     kind=st.sampled_from(SPREAD),
     num_ranks=st.integers(1, 8),
@@ -106,5 +117,9 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do() -> None:
         Layout(2, "zigzag", 4, 4, redundant_kv=True)
     with pytest.raises(ValueError, match="needs layout home or a degree"):
         Layout(2, "zigzag", 4, 4, history="own")
+    with pytest.raises(ValueError, match="groups of 3; degrees that fit: 1, 2, 4"):
+        Layout(4, "zigzag", 4, 4, history="own", degree=3)
+    with pytest.raises(ValueError, match="degree 2: history of other groups cannot be seen"):
+        Layout(4, "zigzag", 4, 4, degree=2)
     with pytest.raises(ValueError, match="unknown layout"):
         Layout(2, "spiral", 4, 4)  # type: ignore[arg-type]
