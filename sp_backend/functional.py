@@ -15,7 +15,7 @@ from sp_backend.config import DTYPES
 from sp_backend.engine import Problem, agree, engine_of
 from sp_backend.execute import Counters
 from sp_backend.layout import Kind
-from sp_backend.shards import Shards, cut, from_rows, full_lengths, to_rows
+from sp_backend.shards import Shards, cut, from_rows, full_lengths, to_rows, token_counts
 from sp_backend.strategies import Options, Variant
 from sp_backend.transport import Transport
 from sp_backend.transport.gather import all_gather
@@ -64,6 +64,7 @@ def attention(
     layout: "zigzag" makes causal work even over ranks; "contiguous" gives each rank one run of tokens.
     input_format: "TND", "BSND", "SBND", "BSH" or "SBH", S being this rank's tokens of each sequence.
     num_heads: heads of q; needed for, and only for, the two formats that end in H.
+    history: keys and values of these sequences that are cached already, on any ranks; see History.
     scale: of the scores; None: head_dim ** -0.5.
 
     Returns out, in the format and dtype of q, and with `return_lse` also the log-sum-exp of each row's scores: natural
@@ -158,7 +159,7 @@ def position_ids(
     """
     transport = engine_of(group).transport
     full = full_lengths(lengths, "TND")
-    starts = [start] * len(full) if isinstance(start, int) else list(start)
+    starts = token_counts([start] * len(full) if isinstance(start, int) else start, "start")
     if len(starts) != len(full):
         raise ValueError(f"start has {len(starts)} entries for {len(full)} sequences")
     return cut(layout, transport.size, full).positions(transport.rank, starts)
@@ -225,7 +226,7 @@ def _check_history(
     """History's lengths; all 0 without one."""
     if history is None:
         return ((0,) * transport.size,) * num_sequences
-    lengths = tuple(tuple(by_rank) for by_rank in history.lengths)
+    lengths = tuple(token_counts(by_rank, "one of history's lengths") for by_rank in history.lengths)
     if [len(by_rank) for by_rank in lengths] != [transport.size] * num_sequences:
         raise ValueError(f"history's lengths: give {num_sequences} sequences of {transport.size} ranks each")
     shape = (sum(by_rank[transport.rank] for by_rank in lengths), *k.shape[1:])

@@ -6,11 +6,12 @@ D head_dim; H is N and D in one. Inside, everything is TND.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from operator import index
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -38,15 +39,12 @@ class Shards:
 
     def tokens(self, rank: int) -> Tensor:
         """[rows] int64: which of all sequences' tokens a rank's rows are."""
-        return self._each(rank, accumulate(self.lengths, initial=0))
+        return self.positions(rank, list(accumulate(self.lengths[:-1], initial=0)))
 
     def positions(self, rank: int, starts: Sequence[int]) -> Tensor:
         """[rows] int64, starts being the position of each sequence's first token."""
-        return self._each(rank, starts)
-
-    def _each(self, rank: int, starts: Sequence[int] | accumulate[int]) -> Tensor:
         parts = [torch.empty(0, dtype=torch.int64)]
-        for rows, start in zip(self.rows, starts, strict=False):
+        for rows, start in zip(self.rows, starts, strict=True):
             ends = list(pairwise(accumulate(rows, initial=start)))
             parts += [torch.arange(*ends[c]) for c in self.layout.q_of(rank)]
         return torch.cat(parts)
@@ -75,18 +73,24 @@ def cut(kind: Kind, num_ranks: int, lengths: tuple[int, ...]) -> Shards:
     return Shards(Layout(num_ranks, kind, 1, 1), lengths)
 
 
+def token_counts(values: Iterable[SupportsIndex], name: str) -> tuple[int, ...]:
+    """Numbers of tokens, at least one of them. Raises ValueError naming the argument."""
+    try:
+        counts = tuple(index(n) for n in values)
+    except TypeError:
+        counts = ()
+    if not counts or min(counts) < 0:
+        raise ValueError(f"{name} is {values!r}: give numbers of tokens, as ints")
+    return counts
+
+
 def full_lengths(lengths: int | Sequence[int], input_format: str, x: Tensor | None = None) -> tuple[int, ...]:
     """One length a sequence; with a batch axis, an int stands for each of x's sequences."""
     if input_format not in FORMATS:
         raise ValueError(f"input_format is {input_format!r}: choose one of {', '.join(FORMATS)}")
-    try:
-        given = [index(n) for n in ([lengths] if isinstance(lengths, int) else lengths)]
-    except TypeError:
-        given = []
-    if not given or min(given) < 0:
-        raise ValueError(f"lengths is {lengths!r}: give the number of tokens of each sequence over all ranks, as ints")
+    given = token_counts([lengths] if isinstance(lengths, int) else lengths, "lengths")
     if input_format == "TND" or x is None:
-        return tuple(given)
+        return given
     if x.ndim < 2:
         raise ValueError(f"a tensor of shape {list(x.shape)} lacks the axes B and S of input_format {input_format}")
     batch = x.shape[input_format.index("B")]
@@ -96,7 +100,7 @@ def full_lengths(lengths: int | Sequence[int], input_format: str, x: Tensor | No
             f"lengths is {lengths!r}: input_format {input_format} with {batch} sequences needs one length for all of "
             "them; give it as an int, or use input_format 'TND'"
         )
-    return tuple(given)
+    return given
 
 
 def to_rows(x: Tensor, input_format: str) -> Tensor:

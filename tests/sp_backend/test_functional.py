@@ -114,7 +114,7 @@ def check(num_ranks: int, cases: list[Case], tolerance: float = 1e-5) -> None:
     by_rank = run_on_ranks(WORLD, attend, num_ranks, cases)[:num_ranks]
     for i, case in enumerate(cases):
         for got, want in zip(by_rank[0][i], case.expected(), strict=True):
-            error = float((got - want).abs().max())
+            error = float((got - want).abs().max()) if want.numel() else 0.0
             assert error <= tolerance, f"{case}: {error}"
         for results in by_rank[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[i], by_rank[0][i], strict=True)), case
@@ -185,6 +185,10 @@ def test_auto_measures_the_machine_once(tmp_path: Path) -> None:
     outs = run_on_ranks(WORLD, attend_measured, [case, case], str(tmp_path))[:2]
     assert all(float((out - case.expected()[0]).abs().max()) < 1e-5 for results in outs for out, _ in results)
     assert len(list(tmp_path.glob("sp-serve/machine-*.json"))) == 1
+
+
+def test_a_cache_may_lie_on_one_rank_and_a_batch_may_be_empty() -> None:
+    check(3, [Case((5,), (1,)), Case((5, 2), (1, 1)), Case((0,)), Case((0, 0), input_format="BSH")])
 
 
 def test_scale_is_that_of_the_scores() -> None:
@@ -300,6 +304,7 @@ REFUSED: dict[str, dict[str, Any]] = {  # what the message says: what is passed 
     "k has 2 heads: give a divisor of the 3": {"q": zeros(5, 3, 8)},
     "head_dim must be even": dict.fromkeys("qkv", zeros(5, 2, 7)),
     "history's lengths: give 1 sequences of 2 ranks": {"history": (zeros(3, 2, 8), zeros(3, 2, 8), [[3]])},
+    "one of history's lengths is": {"history": (zeros(3, 2, 8), zeros(3, 2, 8), [[3, "4"]])},
     "history's k is .*must be": {"history": (zeros(2, 2, 8), zeros(2, 2, 8), [[3, 4]])},
     "group is 'mine'": {"group": "mine"},
 }
