@@ -18,11 +18,11 @@ import httpx
 from tqdm import tqdm
 
 from benchmarks.launched import LaunchedServer
+from server.arguments import STRATEGIES
 
-VARIANTS = {
-    "ring_pass_kv": ("--sp-strategy", "ring_pass_kv"),
-    "ring_pass_kv_up": ("--sp-strategy", "ring_pass_kv_up"),
-    "token_ring": ("--sp-strategy", "token_ring"),
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "auto": (),
+    **{name: ("--sp-strategy", name) for name in STRATEGIES["tokens"]},
     "sharded_q": ("--sp-layout", "heads"),
     "sharded_q, redundant": ("--sp-layout", "heads", "--sp-redundant-kv"),
 }

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.launched import LaunchedServer
 from server import loadtest
+from server.arguments import STRATEGIES
 
 ONE_THREAD = ("--threads-per-rank", "1")
 SETUPS: dict[str, dict[str, tuple[str, ...]]] = {  # --compare: label -> flags; ratios are to the first
@@ -35,13 +36,16 @@ SETUPS: dict[str, dict[str, tuple[str, ...]]] = {  # --compare: label -> flags; 
         "sp 1, 2 threads": ("--sp-size", "1", "--threads-per-rank", "2"),
     },
     "threshold": {
-        "on one rank": ("--sp-size", "2", "--sp-threshold", "1M", *ONE_THREAD),
+        "on one rank": ("--sp-size", "2", "--sp-strategy", "off", *ONE_THREAD),
         "spread": ("--sp-size", "2", "--sp-threshold", "0", *ONE_THREAD),
     },
+    "auto": {
+        "off": ("--sp-size", "2", "--sp-strategy", "off", *ONE_THREAD),
+        "auto": ("--sp-size", "2", *ONE_THREAD),
+    },
     "strategy": {
-        "ring_pass_kv": ("--sp-size", "2", "--sp-strategy", "ring_pass_kv", *ONE_THREAD),
-        "ring_pass_kv_up": ("--sp-size", "2", "--sp-strategy", "ring_pass_kv_up", *ONE_THREAD),
-        "token_ring": ("--sp-size", "2", "--sp-strategy", "token_ring", *ONE_THREAD),
+        "auto": ("--sp-size", "2", *ONE_THREAD),
+        **{name: ("--sp-size", "2", "--sp-strategy", name, *ONE_THREAD) for name in STRATEGIES["tokens"]},
         "sharded_q": ("--sp-size", "2", "--sp-layout", "heads", *ONE_THREAD),
         "sharded_q, redundant": ("--sp-size", "2", "--sp-layout", "heads", "--sp-redundant-kv", *ONE_THREAD),
     },

@@ -15,6 +15,7 @@ from scheduler.sequence import Chunk
 from sp_backend.config import BackendConfig
 
 SHORT = 384  # new tokens below which a prompt need not queue behind long ones; where spreading begins to pay on 2 cores
+LONG = 8192  # new tokens from which a prompt is long, however high the threshold
 LOCAL = "local"
 DECODE = "decode"
 REASONS = {
@@ -57,7 +58,7 @@ class PlanChooser:
         self._planner = planner
 
     def is_short(self, num_new: int) -> bool:
-        return num_new < self._short
+        return num_new < min(self._short, LONG)
 
     def degree(self, num_new: int, num_cached: int) -> int:
         """How many ranks should share a prompt's new tokens; 1: it stays on one."""

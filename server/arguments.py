@@ -18,6 +18,7 @@ from sp_backend.config import AUTO, LAYOUTS
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 SCHEDULER = SchedulerConfig()  # its defaults are ours
+OFF = "off"
 STRATEGIES = {  # by layout
     layout: tuple(name for name, strategy in strategies.STRATEGIES.items() if strategy.layout == layout)
     for layout in LAYOUTS
@@ -116,9 +117,9 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
     add(
         "--sp-strategy",
         "--cp-strategy",
-        choices=(AUTO, *names),
+        choices=(AUTO, OFF, *names),
         default=AUTO,
-        help="plan of long prefills (default: auto, the fastest one predicted for each step)",
+        help="plan of long prefills (default: auto, the fastest one predicted for each step); off: no prompt is shared",
     )
     _add_strategy_options(group)
     add("--sp-redundant-kv", action="store_true", help="layout heads: each rank computes the new keys of all tokens")

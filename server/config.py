@@ -17,7 +17,7 @@ import msgspec
 import psutil
 
 from scheduler.config import SchedulerConfig
-from server.arguments import DEFAULT_MODEL, STRATEGIES, UsageError, parse
+from server.arguments import DEFAULT_MODEL, OFF, STRATEGIES, UsageError, parse
 from sp_backend.catalog import ITEMSIZE
 from sp_backend.config import AUTO, BackendConfig
 from sp_backend.models.config import ModelConfig, check_parallel
@@ -100,7 +100,7 @@ def resolve(args: argparse.Namespace) -> ServerConfig:
         text=_text(args, folder),
         model=model,
         backend=_backend(args, model, folder, context_length),
-        scheduler=_scheduler(args),
+        scheduler=_scheduler(args, context_length),
         drain_timeout=args.drain_timeout,
         warmup=not args.skip_server_warmup,
         warnings=tuple(_warnings(args)),
@@ -141,7 +141,7 @@ def _check_parallel(args: argparse.Namespace, model: ModelConfig) -> None:
             f"--sp-size {args.sp_size} x --tp-size {args.tp_size} needs {world} cores, this machine has {cores} "
             f"(--oversubscribe runs it nevertheless, slowly)"
         )
-    fitting = (AUTO, *STRATEGIES[args.sp_layout])
+    fitting = (AUTO, *STRATEGIES[args.sp_layout], *([OFF] if args.sp_layout == "tokens" else []))
     if args.sp_strategy not in fitting:
         raise UsageError(
             f"--sp-strategy {args.sp_strategy} does not run with --sp-layout {args.sp_layout}; "
@@ -156,9 +156,11 @@ def _check_parallel(args: argparse.Namespace, model: ModelConfig) -> None:
 def _check_strategy(args: argparse.Namespace, model: ModelConfig) -> None:
     """Builds and proves the named plan: whatever does not fit is known before a worker starts."""
     options = _options(args)
-    if args.sp_strategy == AUTO:
+    if args.sp_strategy in (AUTO, OFF):
         for name in options.given():
-            raise UsageError(f"{FLAGS[name]} needs a --sp-strategy that takes it, not {AUTO}")
+            raise UsageError(f"{FLAGS[name]} needs a --sp-strategy that takes it, not {args.sp_strategy}")
+        if args.sp_strategy == OFF and args.sp_threshold is not None:
+            raise UsageError("--sp-threshold has no meaning with --sp-strategy off: no prompt is shared")
     elif args.sp_size > 1:
         try:
             plan_for(
@@ -256,7 +258,7 @@ def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context
         tp_size=args.tp_size,
         sp_size=args.sp_size,
         layout=args.sp_layout,
-        strategy=args.sp_strategy,
+        strategy=AUTO if args.sp_strategy == OFF else args.sp_strategy,
         options=_options(args),
         overlap=args.sp_overlap != "off",
         topology=args.sp_topology,
@@ -279,13 +281,13 @@ def _check_topology(args: argparse.Namespace) -> None:
         raise UsageError(f"--sp-topology {args.sp_topology}: {error}") from error
 
 
-def _scheduler(args: argparse.Namespace) -> SchedulerConfig:
+def _scheduler(args: argparse.Namespace, context_length: int) -> SchedulerConfig:
     return SchedulerConfig(
         max_running_requests=args.max_running_requests,
         max_queued_requests=args.max_queued_requests,
         chunked_prefill_size=args.chunked_prefill_size,
         max_prefill_seconds=args.max_prefill_seconds,
-        sp_threshold=args.sp_threshold,
+        sp_threshold=context_length + 1 if args.sp_strategy == OFF else args.sp_threshold,
         prefix_cache=not args.disable_radix_cache,
         watchdog_timeout=args.watchdog_timeout,
     )

@@ -71,6 +71,8 @@ def test_names_that_users_type(words: str, name: str, value: object) -> None:
         ("--sp-size 5 --sp-layout heads", ["--sp-size 5", "--sp-layout heads", "12 query heads"]),
         ("--sp 2 --sp-strategy sharded_q", ["--sp-strategy sharded_q", "--sp-layout tokens", "ring_pass_kv"]),
         ("--sp 2 --sp-layout heads --sp-strategy token_ring", ["--sp-strategy token_ring", "--sp-layout heads"]),
+        ("--sp 2 --sp-strategy off --sp-threshold 9", ["--sp-threshold", "--sp-strategy off"]),
+        ("--sp 2 --sp-strategy off --sp-layout heads", ["--sp-strategy off", "--sp-layout heads"]),
         ("--sp 2 --sp-window-size 2", ["--sp-window-size", "--sp-strategy", "auto"]),
         ("--sp 2 --sp-strategy token_ring --sp-num-rings 1", ["--sp-num-rings", "token_ring", "hamilton"]),
         ("--sp 4 --oversubscribe --sp-strategy hybrid --sp-ulysses-degree 3", ["--sp-ulysses-degree", "1, 2, 4"]),
@@ -130,6 +132,11 @@ def test_a_strategy_takes_its_options() -> None:
     backend = load(flags.split()).backend
     assert (str(backend.variant), backend.overlap) == ("double_ring(window_size=2)", False)
     assert backend.topology == "nvlink4-8"
+
+
+def test_off_shares_no_prompt() -> None:
+    config = load(["--sp", "2", "--sp-strategy", "off"])
+    assert config.scheduler.sp_threshold == config.backend.context_length + 1
 
 
 def test_a_mapping_file_gives_the_rings(tmp_path: Path) -> None:
