@@ -31,13 +31,14 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.greedy", description=__doc__.splitlines()[0])
     parser.add_argument("--sp-sizes", type=int, nargs="+", default=(2, 3, 4), metavar="N")
+    parser.add_argument("--setups", nargs="+", choices=VARIANTS, default=tuple(VARIANTS), metavar="NAME")
     parser.add_argument("--lengths", type=int, nargs="+", default=(2000, 8000), metavar="TOKENS")
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("server_args", nargs="*", help="after --: further flags of every server")
     args = parser.parse_args(argv)
     setups = {"sp 1": ("--sp-size", "1")} | {
-        f"sp {n}, {name}": ("--sp-size", str(n), *flags) for n in args.sp_sizes for name, flags in VARIANTS.items()
+        f"sp {n}, {name}": ("--sp-size", str(n), *VARIANTS[name]) for n in args.sp_sizes for name in args.setups
     }
     rows = []
     expected: list[str] | None = None

@@ -23,7 +23,7 @@ NOT_RUN = {  # command -> why
 SMALLER = {"32768": "200", "65536": "3000", "2000": "150", "8000": "250", "64": "4", "16": "3", "256k": "8192"}
 QUICKER = {  # module -> flags that make it quick
     "benchmarks.prefill": "--lengths 128 --repeats 1",
-    "benchmarks.greedy": "--sp-sizes 2 --output-tokens 4",
+    "benchmarks.greedy": "--sp-sizes 2 --output-tokens 4 --setups auto sharded_q",
 }
 
 
