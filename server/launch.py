@@ -28,6 +28,7 @@ from server.lifecycle import run
 from server.service import Service
 from server.tokenizer import Tokenizer
 from sp_backend.catalog import ITEMSIZE, planner_for
+from sp_backend.planner import Planner
 
 log = logging.getLogger("server.launch")
 Connect = Callable[[ServerConfig], AbstractContextManager[Client]]
@@ -72,6 +73,8 @@ def run_workers(config: ServerConfig) -> Iterator[Client]:
     log.info("Weights: %.2f GB in each rank", max(ready.weight_bytes for ready in pool.ready) / 1e9)
     try:
         planner = planner_for(config.backend, config.model, pool.ready[0].machine)
+        if planner is not None:
+            _log_plans(planner)
         client = SchedulerClient(config.scheduler, config.backend, pool, pool.num_pages, planner)
         client.start()
         try:
@@ -80,6 +83,16 @@ def run_workers(config: ServerConfig) -> Iterator[Client]:
             client.close()
     finally:
         pool.stop()
+
+
+def _log_plans(planner: Planner) -> None:
+    pays = next((n for n in (2**k for k in range(4, 20)) if planner.degree_for(n, 0) > 1), None)
+    log.info(
+        "Plans on the machine %r: %s; sharing a prompt pays from about %s tokens",
+        planner.machine.name,
+        ", ".join(map(str, planner.winners)),
+        pays or "no number of",
+    )
 
 
 def _load_text(config: ServerConfig) -> tuple[Tokenizer, ChatTemplate]:
