@@ -50,16 +50,22 @@ def as_bytes(tensors: Sequence[Tensor]) -> Tensor | None:
     return flat.as_strided((sum(t.nbytes for t in tensors),), (1,), flat.storage_offset())
 
 
-def join_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first axis; a view where the rows already follow each other in memory."""
+def adjacent_rows(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One view over rows that follow each other in memory, or None if they do not."""
     first = tensors[0]
-    if len(tensors) == 1:
-        return first
     end = first.storage_offset()
     for t in tensors:
         same = t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         if not same or t.stride() != first.stride() or t.storage_offset() != end:
-            return torch.cat(tuple(tensors))
+            return None
         end += t.shape[0] * first.stride(0)
     rows = sum(t.shape[0] for t in tensors)
     return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def join_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first axis; a view where that is possible."""
+    if len(tensors) == 1:
+        return tensors[0]
+    joined = adjacent_rows(tensors)
+    return torch.cat(tuple(tensors)) if joined is None else joined

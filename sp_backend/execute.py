@@ -7,6 +7,7 @@ message's memory returns to the pool one round after its last block died, when w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sp_backend.buffers import BufferPool, as_bytes, join_rows
+from sp_backend.buffers import BufferPool, adjacent_rows, as_bytes, join_rows
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import Kernel
 from sp_backend.layout import KV, STATE, Block, Heads, Q
@@ -227,7 +228,7 @@ class Run:
         return tensor
 
     def _call(self, call: KernelCall) -> None:
-        state = call.attend(self._queries(call), self._read(call.kv))
+        state = call.attend(self._queries(call), self._keys(call))
         self._executor.counters.kernel_calls += 1
         for part in call.qs:
             self._fold(part.block, state.rows(*part.rows).heads(*part.heads))
@@ -241,6 +242,20 @@ class Run:
         for part, block in zip(call.qs, blocks, strict=True):
             q[slice(*part.rows), slice(*part.heads)] = block
         return q
+
+    def _keys(self, call: KernelCall) -> Tensor:
+        """[rows, 2, kv_heads, head_dim] of a call."""
+        blocks = [self._read(part) for part in call.kvs]
+        if len(blocks) == 1:
+            return blocks[0]
+        parts = [blocks[i][lo:hi] for i, lo, hi in call.keys]
+        joined = adjacent_rows(parts)
+        if joined is None:
+            shape = sum(len(p) for p in parts), *parts[0].shape[1:]
+            buffer = self._executor.pool.take(math.prod(shape) * parts[0].itemsize)
+            self._sending.buffers.append(buffer)
+            joined = torch.cat(parts, out=buffer.view(parts[0].dtype).view(shape))
+        return joined
 
     def _fold(self, block: Block, state: AttentionState) -> None:
         """Merge a computed result into its slot; an empty slot that it fills takes over its memory."""

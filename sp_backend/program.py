@@ -1,19 +1,18 @@
 """One rank's side of a plan, resolved once: what messages carry, what kernel calls read, when blocks die.
 
-Pure: no torch, no sizes. Blocks of one link and round travel in one message. Full attends of a round that read
-the same keys become one kernel call over several query chunks, and adjacent groups of heads that meet the same
-keys are put side by side. Results are folded in the order written here, so the same run gives the same bits on
-every transport.
+Pure: no torch, no sizes. Blocks of one link and round travel in one message; attends of a round are fused into few
+kernel calls. Results are folded in the order written here, so the same run gives the same bits on every transport.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from sp_backend.layout import CAUSAL, FULL, STATE, Block, Heads
-from sp_backend.plan import Attend, Plan
+from sp_backend.fuse import Fused, fuse
+from sp_backend.layout import STATE, Block, Heads
+from sp_backend.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +37,22 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Query chunks that meet the same keys (just one if causal), each in one or more adjacent groups of heads."""
+    """A fused call (see fuse.Fused) that knows where its blocks are held."""
 
     qs: tuple[tuple[Use, ...], ...]  # [query chunk][heads]
-    kv: Use
+    kvs: tuple[Use, ...]
+    num_seen: tuple[int, ...]  # [query chunk]
     causal: bool
+
+    def apart(self) -> list[Call]:
+        """The same as calls with one KV block each."""
+        calls = []
+        for i, kv in enumerate(self.kvs):
+            own = [q for q, n in zip(self.qs, self.num_seen, strict=True) if self.causal and i == n - 1]
+            full = tuple(q for q, n in zip(self.qs, self.num_seen, strict=True) if i < n - self.causal)
+            calls += [Call((q,), (kv,), (1,), True) for q in own]
+            calls += [Call(full, (kv,), (1,) * len(full), False)] if full else []
+        return calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +94,20 @@ class _Holdings:
         self.last_use[held] = when
         return Use(block, held)
 
-    def call(self, kv: Block, groups: list[list[Attend]], when: int) -> Call:
-        """groups: [heads][query chunk]."""
-        qs = tuple(tuple(self.use(a.q, when) for a in chunk) for chunk in zip(*groups, strict=True))
-        return Call(qs, self.use(kv, when), groups[0][0].mask == CAUSAL)
+    def call(self, fused: Fused, when: int) -> Call:
+        qs = tuple(tuple(self.use(q, when) for q in heads) for heads in fused.qs)
+        return Call(qs, tuple(self.use(kv, when) for kv in fused.kvs), fused.num_seen, fused.causal)
 
 
 def compile_rank(plan: Plan, rank: int) -> Program:
     start = tuple(b for b, r in plan.layout.start() if r == rank)
-    holdings = _Holdings(start)
+    holdings, own = _Holdings(start), _Holdings(start)
     received: list[Block] = []
     rounds = []
     for when, part in enumerate(plan.for_rank(rank)):
         sends = _by_peer((t.dst, t.block) for t in part.sends)
         outgoing = tuple(Outgoing(dst, tuple(holdings.use(b, when) for b in blocks)) for dst, blocks in sends)
-        calls = tuple(holdings.call(kv, groups, when) for kv, groups in _fused(part.attends, holdings))
+        calls = tuple(holdings.call(fused, when) for fused in fuse(part.attends, own.find))
         receives = _by_peer((t.src, t.block) for t in part.receives)
         for block in (b for _, blocks in receives for b in blocks if b.operand != STATE):
             holdings.add(block)
@@ -118,28 +127,6 @@ def _by_peer(blocks: Iterable[tuple[int, Block]]) -> list[tuple[int, list[Block]
     for peer, block in blocks:
         links[peer].append(block)
     return list(links.items())
-
-
-def _fused(attends: Sequence[Attend], holdings: _Holdings) -> list[tuple[Block, list[list[Attend]]]]:
-    """Kernel calls: the keys of each, and its attends as [heads][query chunk]."""
-    rows: dict[object, list[Attend]] = defaultdict(list)
-    for a in attends:
-        rows[(a.kv, a.q.heads) if a.mask == FULL else a].append(a)
-    columns: dict[object, list[list[Attend]]] = defaultdict(list)
-    for group in rows.values():
-        first = group[0]
-        columns[first.kv.chunk, first.kv.piece, first.mask, *(a.q.chunk for a in group)].append(group)
-    calls: list[tuple[Block, list[list[Attend]]]] = []
-    for groups in columns.values():
-        groups.sort(key=lambda group: group[0].kv.heads)
-        for i, group in enumerate(groups):
-            kv = group[0].kv
-            hull = replace(kv, heads=(calls[-1][0].heads[0], kv.heads[1])) if i else kv
-            if i and calls[-1][0].heads[1] == kv.heads[0] and holdings.find(hull):
-                calls[-1] = hull, [*calls[-1][1], group]
-            else:
-                calls.append((kv, [group]))
-    return calls
 
 
 def _slots(plan: Plan, rank: int) -> dict[tuple[int, Heads], Heads]:

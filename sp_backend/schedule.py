@@ -19,6 +19,8 @@ from sp_backend.layout import KV, Block, Layout
 from sp_backend.plan import Plan
 from sp_backend.program import Call, Program, Use
 
+_MANY_QUERIES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -63,7 +65,8 @@ class KernelCall:
     qs: tuple[CallPart, ...]
     num_rows: int
     num_heads: int
-    kv: Slice
+    kvs: tuple[Slice, ...]
+    keys: tuple[tuple[int, int, int], ...]  # (index of kvs, first row, last row), to be joined; one KV block: unused
     attend: Attention
 
 
@@ -105,12 +108,12 @@ class ScheduleBuilder:
         for r in self.program.rounds:
             receives = [self._envelope(geometry, m.peer, [Use(b, b) for b in m.blocks]) for m in r.receives]
             sends = [self._envelope(geometry, m.peer, m.uses) for m in r.sends]
-            calls = [self._call(geometry, window, c) for c in r.calls]
+            calls = [call for c in r.calls for call in self._calls(geometry, window, c)]
             rounds.append(
                 ScheduledRound(
                     tuple(e for e in receives if e.sections),
                     tuple(e for e in sends if e.sections),
-                    tuple(c for c in calls if c is not None),
+                    tuple(calls),
                     r.dead,
                 )
             )
@@ -126,28 +129,51 @@ class ScheduleBuilder:
         sections = (Section(u, n, end - size, end) for (u, n), size, end in zip(rows, sizes, ends, strict=True))
         return Envelope(peer, sum(sizes), tuple(sections))
 
+    def _calls(self, geometry: Geometry, window: int | None, call: Call) -> list[KernelCall]:
+        """Keys are joined if it pays: their positions must ascend under a window, and few queries do not pay a copy."""
+        num_rows = sum(geometry.num_rows(uses[0].block) for uses in call.qs)
+        together = len(call.kvs) == 1 or (window is None and num_rows >= _MANY_QUERIES)
+        made = [self._call(geometry, window, c) for c in ([call] if together else call.apart())]
+        return [c for c in made if c is not None]
+
     def _call(self, geometry: Geometry, window: int | None, call: Call) -> KernelCall | None:
-        layout, kv = self.plan.layout, call.kv.block
+        layout = self.plan.layout
+        rows = [[hi - lo for lo, hi in geometry.spans(kv.block)] for kv in call.kvs]  # [kv][sequence]
+        ends = [list(accumulate(of_sequence, initial=0)) for of_sequence in zip(*rows, strict=True)]
+        firsts = list(accumulate((e[-1] for e in ends), initial=0))  # of each sequence's keys
         spans: list[Span] = []
         parts: list[CallPart] = []
         first = 0
-        for uses in call.qs:
+        for uses, seen in zip(call.qs, call.num_seen, strict=True):
             q_spans = geometry.spans(uses[0].block)
             met = [
-                Span(first + q_lo, first + q_hi, k_lo, k_hi)
-                for (q_lo, q_hi), (k_lo, k_hi) in zip(q_spans, geometry.spans(kv), strict=True)
-                if q_hi > q_lo and k_hi > k_lo
+                Span(first + lo, first + hi, firsts[s], firsts[s] + ends[s][seen])
+                for s, (lo, hi) in enumerate(q_spans)
+                if hi > lo and ends[s][seen]
             ]
             if met:
-                rows = (first, first + q_spans[-1][1])
-                parts += [self._part(geometry, use, rows, kv.heads[0]) for use in uses]
+                below = (first, first + q_spans[-1][1])
+                parts += [self._part(geometry, use, below, call.kvs[0].block.heads[0]) for use in uses]
                 spans += met
-                first = rows[1]
+                first = below[1]
         if not spans:
             return None
+        there = [i for i, kv in enumerate(call.kvs) if geometry.num_rows(kv.block)]  # empty blocks do not travel
+        keys = [
+            (there.index(i), *geometry.spans(call.kvs[i].block)[s])
+            for s in range(len(ends))
+            for i in there
+            if rows[i][s]
+        ]
         work = self._work(geometry, window, call, spans, parts)
-        num_heads = work.heads.num_heads
-        return KernelCall(tuple(parts), first, num_heads, _slice(layout, geometry, call.kv), self.kernel(work))
+        return KernelCall(
+            qs=tuple(parts),
+            num_rows=first,
+            num_heads=work.heads.num_heads,
+            kvs=tuple(_slice(layout, geometry, call.kvs[i]) for i in there),
+            keys=tuple(keys),
+            attend=self.kernel(work),
+        )
 
     def _part(self, geometry: Geometry, use: Use, rows: tuple[int, int], first_head: int) -> CallPart:
         lo, hi = use.block.heads
@@ -157,7 +183,7 @@ class ScheduleBuilder:
     def _work(
         self, geometry: Geometry, window: int | None, call: Call, spans: list[Span], parts: list[CallPart]
     ) -> Work:
-        layout, kv = self.plan.layout, call.kv.block
+        layout, kv = self.plan.layout, call.kvs[0].block
         q_positions = k_positions = None
         if window is not None:
             q_positions = self._positions(geometry, [p.block for p in parts if p.heads[0] == 0])
