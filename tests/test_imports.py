@@ -83,6 +83,13 @@ def test_no_module_of_the_scheduler_loads_torch() -> None:
     check_without_torch([*modules, *sorted(PURE)])
 
 
+def test_no_module_that_calls_itself_pure_loads_torch() -> None:
+    told = {path: " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split()) for path in FILES}
+    names = [path.relative_to(ROOT).with_suffix("").parts for path, text in told.items() if "Pure: no torch" in text]
+    assert ("sp_backend", "strategies", "__init__") in names
+    check_without_torch([".".join(name) for name in names])
+
+
 def check_without_torch(modules: list[str]) -> None:
     code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

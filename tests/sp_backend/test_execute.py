@@ -13,6 +13,7 @@ from sp_backend.kernels import Attention, Work, get_kernel
 from sp_backend.kernels.reference import kernel as reference
 from sp_backend.layout import Block, Kind, Layout
 from sp_backend.plan import Plan, prune
+from sp_backend.program import compile_rank
 from sp_backend.state import AttentionState
 from sp_backend.strategies import STRATEGIES, plan_for, prove, variants
 from sp_backend.transport.lockstep import LockstepNetwork
@@ -146,6 +147,31 @@ def test_decoding_one_token_reads_each_rank_s_keys_in_one_call(kind: Kind, calls
     plan = plan_for("decode", num_ranks=3, num_heads=12, num_kv_heads=4, kind=kind)
     result = run_lockstep(plan, Batch(plan.layout, [Request(1, 50, home=0)]))
     assert [e.counters.kernel_calls for e in result.executors] == calls
+
+
+@pytest.mark.parametrize("num_ranks", [4, 6])
+def test_received_keys_are_attended_in_one_call_a_round(num_ranks: int) -> None:
+    """However many pieces and chunks they come in; two where some are causal (only ulysses trades own keys away)."""
+    for variant in variants(num_ranks, 12):
+        plan = plan_for(variant, num_ranks=num_ranks, num_heads=12, num_kv_heads=4)
+        for rank in range(num_ranks):
+            program = compile_rank(plan, rank)
+            for r in program.rounds:
+                joined = [c for c in r.calls if c.kvs[0].held not in program.start]
+                assert len({c.causal for c in joined}) == len(joined), plan.name
+                assert variant.strategy in ("ulysses", "hybrid") or not any(c.causal for c in joined)
+
+
+def test_keys_are_not_joined_for_a_few_queries_or_under_a_window() -> None:
+    """A copy of them would not pay, or their positions would not ascend."""
+    plan = plan_for("all_gather_kv", num_ranks=4, num_heads=4, num_kv_heads=2)
+
+    def calls(new: int, window: int | None = None) -> int:
+        batch = Batch(plan.layout, [Request(new, 40)])
+        return run_lockstep(plan, batch, window=window).executors[0].counters.kernel_calls
+
+    assert calls(80) == 4 + 1  # two causal chunks, the front one for the back one, history; then all that came
+    assert calls(24) == calls(80, window=1000) == 4 + 6 + 3  # new chunks and histories of three ranks
 
 
 def test_every_pair_of_a_sequence_is_attended_by_some_rank() -> None:
