@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sp_backend.geometry import Geometry, block_bytes, piece_rows, predicted_bytes
 from sp_backend.layout import STATE, Block
-from sp_backend.operations import Fold, Operations, RankOps, operations
+from sp_backend.operations import Fold, Operations, Part, RankOps, operations
 from sp_backend.plan import Plan
 from sp_backend.topology import Floats, Machine
 
@@ -287,9 +287,9 @@ class _Clock:
             self._wait([(r, m) for r, call in calls for m in call.needs])
             for r, call in calls:
                 for p in call.parts:
-                    seconds = self._work.attend_seconds(p.q, p.kv, p.causal)
-                    if p.merges:
-                        seconds = seconds + self._work.merge_seconds(p.q)
+                    seconds = self._work.attend_seconds(p)
+                    for q in p.merges:
+                        seconds = seconds + self._work.merge_seconds(q)
                     compute[r] += seconds
                     self._now[r] += seconds
         return compute
@@ -324,7 +324,7 @@ class _Work:
         self._kind = [kinds.setdefault(row.tobytes(), chunk) for chunk, row in enumerate(np.ascontiguousarray(flat))]
         self._rows_of: dict[tuple[int, tuple[int, int]], Floats] = {}
         self._merge_seconds: dict[tuple[int, int], Floats] = {}
-        self._pair_seconds: dict[tuple[object, ...], Floats] = {}
+        self._attend_seconds: dict[tuple[object, ...], Floats] = {}
 
     def sequence_rows(self, block: Block) -> Ints:
         """[batches, sequences]"""
@@ -356,17 +356,18 @@ class _Work:
         tokens = np.sum(chunks, axis=1)
         return np.asarray(tokens / layout.num_ranks if layout.kind == "heads" else tokens)
 
-    def attend_seconds(self, q: Block, kv: Block, causal: bool) -> Floats:
-        heads = q.heads[1] - q.heads[0]
-        key = self._kind[q.chunk], self._kind[kv.chunk], kv.piece, causal, heads
-        if key not in self._pair_seconds:
-            queries, keys = self.sequence_rows(q), self.sequence_rows(kv)
-            kernel = self._rates.kernel
-            if causal:  # a chunk with itself
-                pairs, rate = queries * (queries + 1) / 2, kernel.causal_rate(queries)
-            else:
-                pairs, rate = (queries * keys).astype(float), kernel.full_rate(queries, keys)
-            flops = 4 * self._shape.head_dim * heads * pairs
-            called = (pairs > 0).any(1)
-            self._pair_seconds[key] = (flops * self._count / rate).sum(1) + called * self._rates.call_seconds
-        return self._pair_seconds[key]
+    def attend_seconds(self, part: Part) -> Floats:
+        first, heads = part.qs[0], sum(q.heads[1] - q.heads[0] for q in part.qs)
+        kvs = tuple(sorted((self._kind[kv.chunk], kv.piece) for kv in part.kvs[: len(part.kvs) - part.causal]))
+        key = self._kind[first.chunk], kvs, part.causal, heads
+        if key not in self._attend_seconds:
+            kernel, queries = self._rates.kernel, self.sequence_rows(first)
+            per_pair, seconds = 4 * self._shape.head_dim * heads, np.zeros(queries.shape)
+            if kvs:
+                keys = sum(self.sequence_rows(kv) for kv in part.kvs[: len(kvs)])
+                seconds += per_pair * queries * keys / kernel.full_rate(queries, keys)
+            if part.causal:
+                seconds += per_pair * queries * (queries + 1) / 2 / kernel.causal_rate(queries)
+            called = (seconds > 0).any(1)
+            self._attend_seconds[key] = (seconds * self._count).sum(1) + called * self._rates.call_seconds
+        return self._attend_seconds[key]

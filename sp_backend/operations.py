@@ -40,12 +40,12 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One query block of a kernel call. merges: its result is folded into a slot that holds something."""
+    """One query chunk of a kernel call. causal: against itself, which is the last of the keys; the others are full."""
 
-    q: Block
-    kv: Block
+    qs: tuple[Block, ...]  # adjacent groups of heads
+    kvs: tuple[Block, ...]
     causal: bool
-    merges: bool
+    merges: tuple[Block, ...]  # of qs: those whose result is folded into a slot that holds something
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +147,11 @@ class _Walk:
 
     def _call(self, call: Call) -> CallOp:
         uses = [u for chunk in call.qs for u in chunk]
-        needs = {self._came[u.held] for u in (*uses, call.kv) if u.held in self._came}
+        needs = {self._came[u.held] for u in (*uses, *call.kvs) if u.held in self._came}
         parts = []
-        for use in uses:
-            slot = self._slot(use.block)
-            merges = slot in self._filled or slot[1] != use.block.heads
-            self._filled.add(slot)
-            parts.append(Part(use.block, call.kv.block, call.causal, merges))
+        for chunk, seen in zip(call.qs, call.num_seen, strict=True):
+            qs, slots = [u.block for u in chunk], [self._slot(u.block) for u in chunk]
+            merges = [q for q, slot in zip(qs, slots, strict=True) if slot in self._filled or slot[1] != q.heads]
+            self._filled |= set(slots)
+            parts.append(Part(tuple(qs), tuple(kv.block for kv in call.kvs[:seen]), call.causal, tuple(merges)))
         return CallOp(tuple(sorted(needs)), tuple(parts))

@@ -60,13 +60,15 @@ class Candidate:
     cost: Cost
 
 
-def lay_out(layout: Layout, batch: Batch, page_size: int = 1) -> Geometry:
+def lay_out(layout: Layout, batch: Batch, page_size: int = 1, dense_pairs: float = 0.0) -> Geometry:
     """Rows of each prompt in each chunk: prompts are given to groups of ranks, the largest first, each to the group
     with the least work; new tokens are cut between pages, cached ones are even over the group's ranks.
+
+    dense_pairs: (query, key) pairs that a new token's other work is worth.
     """
     size, groups = layout.group_size, layout.num_groups
     rows: list[list[int]] = [[]] * len(batch)
-    for group, indices in enumerate(_assign(batch, groups)):
+    for group, indices in enumerate(_assign(_work(batch, dense_pairs), groups)):
         for i in indices:
             new, cached = batch[i]
             if layout.kind == "home":
@@ -81,14 +83,17 @@ def lay_out(layout: Layout, batch: Batch, page_size: int = 1) -> Geometry:
     return Geometry(rows)
 
 
-def _assign(batch: Batch, num_groups: int, dense_pairs: float = 0.0) -> list[list[int]]:
-    """Indices of the prompts of each group; dense_pairs: what a token's other work is worth in pairs."""
+def _work(batch: Batch, dense_pairs: float) -> list[float]:
+    return [new * (cached + new / 2 + dense_pairs) for new, cached in batch]
+
+
+def _assign(work: Sequence[float], num_groups: int) -> list[list[int]]:
+    """Indices of the prompts of each group."""
     groups: list[list[int]] = [[] for _ in range(num_groups)]
     if num_groups == 1:
-        return [list(range(len(batch)))]
-    work = [new * (cached + new / 2 + dense_pairs) for new, cached in batch]
+        return [list(range(len(work)))]
     load = [0.0] * num_groups
-    for i in sorted(range(len(batch)), key=work.__getitem__, reverse=True):
+    for i in sorted(range(len(work)), key=work.__getitem__, reverse=True):
         least = load.index(min(load))
         groups[least].append(i)
         load[least] += work[i]
@@ -145,7 +150,7 @@ class Planner:
         table = self._table
         if degree is not None and degree not in table.columns:
             raise ValueError(f"degree is {degree}; this planner has {', '.join(map(str, table.columns))}")
-        found = self._seconds(batch)
+        found = self._predict(batch, degree)
         best = min(
             (d for d in found if degree in (None, d)),
             key=lambda d: found[d].seconds * (1.0 if d == 1 else 1.0 + OFF_MARGIN),
@@ -164,7 +169,7 @@ class Planner:
             size = self._degree(variant)
             if degree is None or size == degree:
                 plan = self._costs[variant].plan
-                geometry = lay_out(plan.layout, batch, self._page_size)
+                geometry = lay_out(plan.layout, batch, self._page_size, self._dense_pairs)
                 found.append(Candidate(variant, size, plan, geometry, self._costs[variant].cost(geometry)))
         return sorted(found, key=lambda c: c.cost.step_seconds)
 
@@ -181,31 +186,22 @@ class Planner:
     def _degree(self, variant: Variant) -> int:
         return 1 if variant == OFF else variant.degree or self.num_ranks
 
-    def _seconds(self, batch: Batch) -> dict[int, _Found]:
-        """The best variant of each degree."""
+    def _predict(self, batch: Batch, degree: int | None) -> dict[int, _Found]:
+        """The best variant of each degree, or of one and off."""
         table = self._table
+        asked = {d: columns for d, columns in table.columns.items() if degree in (None, d) or d == 1}
         if len(batch) == 1:
             new, cached = batch[0]
-            point = table.point(new, cached, 1.0)
-            return {d: table.best(point, columns) for d, columns in table.columns.items()}
+            point = table.point([(new, cached, 1.0)])
+            return {d: table.best(point, columns) for d, columns in asked.items()}
+        work = _work(batch, self._dense_pairs)
         found = {}
-        for d, columns in table.columns.items():
-            found[d] = table.best(table.point(*self._load(batch, self.num_ranks // d)), columns)
+        for d, columns in asked.items():
+            groups = [g for g in _assign(work, self.num_ranks // d) if g]
+            if d == 1:  # nothing is shared, so only the most work counts
+                groups = [max(groups, key=lambda g: sum(work[i] for i in g))]
+            found[d] = table.best(table.point([_load([batch[i] for i in g]) for g in groups]), columns)
         return found
-
-    def _load(self, batch: Batch, num_groups: int) -> tuple[float, float, float]:
-        """New tokens, cached tokens and equal prompts of the group with the most work."""
-        if num_groups > 1:
-            groups = _assign(batch, num_groups, self._dense_pairs)
-            parts = [[batch[i] for i in indices] for indices in groups if indices]
-            batch = max(parts, key=lambda part: sum(new * (old + new / 2 + self._dense_pairs) for new, old in part))
-        new = cached = 0
-        pairs = 0.0
-        for t, c in batch:
-            new += t
-            cached += c
-            pairs += t * (c + t / 2)
-        return new, cached, new * (cached + new / 2) / pairs if pairs else 1.0
 
     # The table
 
@@ -299,14 +295,27 @@ class _Grid:
     def place(self, new: float, cached: float, prompts: float) -> tuple[float, float, float]:
         """Coordinates, in cells."""
         return (
-            _cells(math.log2(max(new, 1)), math.log2(self.new[0]), math.log2(self.new[1])),
-            _cells(math.log2(1 + cached / _CACHED_UNIT), 0.0, math.log2(1 + self.cached[1] / _CACHED_UNIT)),
-            _cells(math.log2(max(prompts, 1)), 0.0, math.log2(self.prompts[1])),
+            _cells(math.log2(max(new, 1) / self.new[0]), math.log2(self.new[-1] / self.new[0]), len(self.new)),
+            _cells(
+                math.log2(1 + cached / _CACHED_UNIT), math.log2(1 + self.cached[-1] / _CACHED_UNIT), len(self.cached)
+            ),
+            _cells(math.log2(max(prompts, 1)), math.log2(self.prompts[-1]), len(self.prompts)),
         )
 
 
-def _cells(value: float, first: float, second: float) -> float:
-    return max(0.0, (value - first) / (second - first))
+def _cells(value: float, last: float, number: int) -> float:
+    return max(0.0, value * (number - 1) / last)
+
+
+def _load(batch: Batch) -> tuple[float, float, float]:
+    """New tokens, cached tokens, and the number of equal prompts with as many visible pairs."""
+    new = cached = 0
+    pairs = 0.0
+    for t, c in batch:
+        new += t
+        cached += c
+        pairs += t * (c + t / 2)
+    return new, cached, new * (cached + new / 2) / pairs if pairs else 1.0
 
 
 def _cover(seconds: Floats, columns: NDArray[np.intp]) -> list[int]:
@@ -353,8 +362,15 @@ class _Table:
         self._grid, self._exposed = grid, exposed
         self._logs = np.ascontiguousarray(np.log(seconds))
 
-    def point(self, new: float, cached: float, prompts: float) -> _Point:
-        """Logarithms of seconds are interpolated; beyond the table they go on as in its last cell."""
+    def point(self, loads: Sequence[tuple[float, float, float]]) -> _Point:
+        """Logarithms of seconds are interpolated; beyond the table they go on as in its last cell. Of several groups
+        of ranks each variant's slowest counts.
+        """
+        first, *others = (self._one(*load) for load in loads)
+        logs = [max(each) for each in zip(first.logs, *(o.logs for o in others), strict=True)] if others else first.logs
+        return _Point(logs, first.weights, first.corner)
+
+    def _one(self, new: float, cached: float, prompts: float) -> _Point:
         x, y, z = self._grid.place(new, cached, prompts)
         nx, ny, nz = self._grid.shape
         i, j, k = min(int(x), nx - 2), min(int(y), ny - 2), min(int(z), nz - 2)

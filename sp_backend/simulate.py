@@ -19,7 +19,7 @@ from typing import Literal
 from sp_backend.cost import ModelShape
 from sp_backend.geometry import Geometry, block_bytes, visible_pairs
 from sp_backend.layout import Block
-from sp_backend.operations import CallOp, Copy, Fold, Operations, RankOps, operations
+from sp_backend.operations import CallOp, Copy, Fold, Operations, Part, RankOps, operations
 from sp_backend.plan import Plan
 from sp_backend.topology import Link, Machine
 
@@ -248,11 +248,10 @@ class _Engine:
     def _call(self, rank: int, call: CallOp) -> Iterator[_Work | _Wait]:
         yield from self._wait(rank, call.needs)
         for p in call.parts:
-            star = "*" if p.causal else ""
-            name = f"{_names((p.q,))}: {_names((p.kv,))}{star}"
-            yield self._work("attend", name, self._attend_seconds(p.q, p.kv, p.causal))
-            if p.merges:
-                yield self._work("merge", _names((p.q,)), self._merge_seconds(p.q))
+            name = f"{_names(p.qs[:1])}: {_names(p.kvs)}{'*' if p.causal else ''}"
+            yield self._work("attend", name, self._attend_seconds(p))
+            for q in p.merges:
+                yield self._work("merge", _names((q,)), self._merge_seconds(q))
 
     def _fold(self, rank: int, folds: tuple[Fold, ...]) -> Iterator[_Work | _Wait]:
         for fold in folds:
@@ -296,15 +295,18 @@ class _Engine:
         weights = shape.dense_flops / 2 * shape.itemsize / rates.memory_bytes
         return max(tokens * shape.dense_flops / rates.dense_flops, weights) / shape.num_layers
 
-    def _attend_seconds(self, q: Block, kv: Block, causal: bool) -> float:
+    def _attend_seconds(self, part: Part) -> float:
         geometry = self._geometry
-        heads = q.heads[1] - q.heads[0]
+        per_pair = 4 * self._shape.head_dim * sum(q.heads[1] - q.heads[0] for q in part.qs)
         seconds = 0.0
-        for (q_lo, q_hi), (k_lo, k_hi) in zip(geometry.spans(q), geometry.spans(kv), strict=True):
-            queries, keys = q_hi - q_lo, k_hi - k_lo
-            if queries and keys:
-                flops = 4 * self._shape.head_dim * heads * visible_pairs(queries, keys, causal)
-                seconds += flops / self._rate(queries, keys, causal)
+        for s, (lo, hi) in enumerate(geometry.spans(part.qs[0])):
+            keys = [b - a for a, b in (geometry.spans(kv)[s] for kv in part.kvs)]
+            own = keys.pop() if part.causal else 0
+            queries, others = hi - lo, sum(keys)
+            if queries and others:
+                seconds += per_pair * queries * others / self._rate(queries, others, False)
+            if queries and own:
+                seconds += per_pair * visible_pairs(queries, own, True) / self._rate(queries, own, True)
         return seconds + self._machine.rates.call_seconds if seconds else 0.0
 
     def _rate(self, queries: int, keys: int, causal: bool) -> float:
