@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from sp_backend.layout import CAUSAL, EMPTY, KV, STATE, Block, Layout, Mask, Q
 
@@ -56,16 +56,13 @@ class Plan:
     name: str
     layout: Layout
     rounds: tuple[Round, ...]
+    _by_rank: list[tuple[RankRound, ...]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def for_rank(self, rank: int) -> tuple[RankRound, ...]:
-        return tuple(
-            RankRound(
-                receives=tuple(t for t in r.transfers if t.dst == rank),
-                sends=tuple(t for t in r.transfers if t.src == rank),
-                attends=tuple(a for a in r.attends if a.rank == rank),
-            )
-            for r in self.rounds
-        )
+        if not self._by_rank:  # all ranks in one pass: whoever costs a plan of many asks for each
+            rounds = [_divide(r, self.layout.num_ranks) for r in self.rounds]
+            self._by_rank.extend(tuple(r[rank] for r in rounds) for rank in range(self.layout.num_ranks))
+        return self._by_rank[rank]
 
     @property
     def digest(self) -> str:
@@ -88,6 +85,19 @@ class Plan:
         lay = self.layout
         title = f"{self.name}: layout {lay.kind}, {lay.num_ranks} ranks, {lay.num_heads}:{lay.num_kv_heads} heads"
         return "\n".join([title, *lines])
+
+
+def _divide(whole: Round, num_ranks: int) -> list[RankRound]:
+    """A round's part of each rank."""
+    receives: list[list[Transfer]] = [[] for _ in range(num_ranks)]
+    sends: list[list[Transfer]] = [[] for _ in range(num_ranks)]
+    attends: list[list[Attend]] = [[] for _ in range(num_ranks)]
+    for t in whole.transfers:
+        sends[t.src].append(t)
+        receives[t.dst].append(t)
+    for a in whole.attends:
+        attends[a.rank].append(a)
+    return [RankRound(tuple(r), tuple(s), tuple(a)) for r, s, a in zip(receives, sends, attends, strict=True)]
 
 
 def _cell(part: RankRound, layout: Layout) -> list[str]:
