@@ -69,6 +69,15 @@ def test_without_a_causal_mask_every_query_sees_every_key(name: str, kind: str, 
         assert error(run_lockstep(plan, batch, kernel=get_kernel("torch_cpu")).outs, batch.expected()) < 1e-5
 
 
+def test_many_packed_segments_under_a_full_mask() -> None:
+    """As images are packed for a vision model: each patch sees all of its own image and nothing else."""
+    segments = [Request(16)] * 60 + [Request(9), Request(23)]
+    for variant in variants(3, 6):
+        plan = plan_for(variant, num_ranks=3, num_heads=6, num_kv_heads=6, causal=False)
+        batch = Batch(plan.layout, segments)
+        assert error(run_lockstep(plan, batch, kernel=get_kernel("torch_cpu")).outs, batch.expected()) < 1e-5
+
+
 @pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
 @pytest.mark.parametrize("window", [1, 6, 1000])
 def test_sliding_windows(name: str, kind: str, redundant: bool, window: int) -> None:
