@@ -33,8 +33,7 @@ HIDDEN: Final = 0.03  # share of a step that communication may cost and be calle
 _NEW: Final = tuple(round(2 ** (k / 2)) for k in range(12, 41))  # new tokens of a step
 _CACHED_UNIT: Final = 256
 _CACHED: Final = tuple(_CACHED_UNIT * (2**k - 1) for k in range(0, 14))
-_PROMPTS: Final = (1, 8, 64)
-_FINE: Final = 8  # ranks up to which the table is fine: the cost of a plan grows with their square
+_PROMPTS: Final = (1, 3, 9, 27)
 
 Batch = Sequence[tuple[int, int]]  # (new, cached) tokens of each prompt
 
@@ -269,9 +268,12 @@ class _Grid:
 
     @classmethod
     def of(cls, num_ranks: int) -> _Grid:
-        if num_ranks <= _FINE:
+        """Coarser for more ranks, as the cost of a plan grows with their square."""
+        if num_ranks <= 4:
             return cls(_NEW, _CACHED, _PROMPTS)
-        return cls(_NEW[::4], _CACHED[::3], _PROMPTS[::2])
+        if num_ranks <= 8:
+            return cls(_NEW[::2], _CACHED, _PROMPTS)
+        return cls(_NEW[::4], _CACHED[::3], _PROMPTS[::3])
 
     @property
     def shape(self) -> tuple[int, int, int]:

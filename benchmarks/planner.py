@@ -1,0 +1,197 @@
+"""`python -m benchmarks.planner`: what a planner's choice costs against the best candidate (regret).
+
+--simulated: on presets of machines that are not here, judged by the simulator on machines whose links and rates are
+off by up to 30 % from what the planner was told. --measured: on gloo ranks of this machine, of one thread each, with
+the machine measured at start; candidates take turns, so that a busy moment hits all of them. Both give the time of a
+decision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tqdm import tqdm
+
+from sp_backend.cost import ModelShape
+from sp_backend.planner import OFF, Batch, Planner
+from sp_backend.simulate import perturbed, simulate
+from sp_backend.topology import load_machine
+
+SPREAD = 0.3
+PAGE_SIZE = 64
+SHAPES = {
+    "64:8 x 128": ModelShape(64, 8, 128, num_layers=80, dense_flops=140e9),
+    "32:32 x 128": ModelShape(32, 32, 128, num_layers=32, dense_flops=14e9),
+    "32:8 x 128": ModelShape(32, 8, 128, num_layers=32, dense_flops=16e9),
+    "12:4 x 32": ModelShape(12, 4, 32, num_layers=4, dense_flops=7e6),
+}
+GPUS = ("64:8 x 128", "32:32 x 128", "32:8 x 128")
+MACHINES: dict[str, tuple[str, ...]] = {  # -> shapes
+    **dict.fromkeys(("nvlink4-4", "nvlink5-4", "pcie4-4", "pcie5-4", "nic200-4", "nic400-2", "pcie4-2"), GPUS),
+    **dict.fromkeys(("nvlink4-8", "pcie4-8", "2xpcie5-2/nic200", "2xnvlink4-4/nic400", "nic400-8"), GPUS),
+    **dict.fromkeys(("loopback-2", "loopback-4"), ("12:4 x 32",)),
+}
+LENGTHS = (256, 700, 2048, 5000, 16384, 32768)
+CACHED = (0.0, 0.5, 0.9, 0.99)  # of the whole length
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    machine: str
+    shape: str
+    batch: list[tuple[int, int]]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Regrets are chosen / best - 1; seconds of a step."""
+
+    machine: str
+    shape: str
+    batch: list[tuple[int, int]]
+    chosen: str
+    best: str
+    regret: float
+    over_off: float  # off / chosen
+    predicted: float
+    seconds: dict[str, float]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__.splitlines()[0])
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--simulated", action="store_true")
+    which.add_argument("--measured", action="store_true")
+    parser.add_argument("--cases", type=int, default=560, help="of --simulated (default: 560)")
+    parser.add_argument("--ranks", type=int, default=2, help="of --measured (default: 2)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=LENGTHS, help="of --measured: tokens, cached included"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="of --measured: of each candidate (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    decision = decision_seconds()
+    if args.simulated:
+        results = [judge(case) for case in tqdm(cases(args.cases), desc="Cases", unit="case")]
+        about: dict[str, Any] = {"spread": SPREAD}
+    else:
+        from benchmarks.planner_ranks import measure_all  # torch and processes, which the simulation does without
+
+        results, about = measure_all(args.ranks, batches(args.lengths), SHAPES["12:4 x 32"], args.repeats)
+    found = summary(results) | {"decision_us": round(decision * 1e6, 1)}
+    report(results, found)
+    if args.json:
+        args.json.write_text(json.dumps(as_json(args, results, found | about), indent=2) + "\n")
+    return 0
+
+
+def cases(number: int) -> Iterator[Case]:
+    """Machines and shapes in turn; lengths and cached parts drawn evenly in logarithms, some batches of several."""
+    random = Random(0)
+    pairs = [(machine, shape) for machine, shapes in MACHINES.items() for shape in shapes]
+    for i in range(number):
+        machine, shape = pairs[i % len(pairs)]
+        prompts = random.choice((1, 1, 1, 3))
+        batch = []
+        for _ in range(prompts):
+            new = round(2 ** random.uniform(6, 17))
+            cached = random.choice((0, 0, round(2 ** random.uniform(8, 18)), 9 * new, 99 * new))
+            batch.append((new, min(cached, 1 << 20)))
+        yield Case(machine, shape, batch, i)
+
+
+@cache
+def planner(machine: str, shape: str) -> Planner:
+    found = load_machine(machine)
+    return Planner(found, SHAPES[shape], found.num_ranks, page_size=PAGE_SIZE)
+
+
+def judge(case: Case) -> Result:
+    """Simulates every candidate on the machine as it turns out to be."""
+    plan, shape = planner(case.machine, case.shape), SHAPES[case.shape]
+    choice = plan.choose(case.batch)
+    machine = perturbed(plan.machine, SPREAD, case.seed)
+    seconds = {
+        str(c.variant): simulate(c.plan, machine, shape, c.geometry, dense=True).step_seconds
+        for c in plan.rank_candidates(case.batch)
+    }
+    return result(case.machine, case.shape, case.batch, str(choice.variant), choice.seconds, seconds)
+
+
+def result(machine: str, shape: str, batch: Batch, chosen: str, predicted: float, seconds: dict[str, float]) -> Result:
+    best = min(seconds, key=seconds.__getitem__)
+    off = seconds[str(OFF)] / seconds[chosen]
+    regret = seconds[chosen] / seconds[best] - 1
+    return Result(machine, shape, list(batch), chosen, best, regret, off, predicted, seconds)
+
+
+def batches(lengths: Sequence[int]) -> list[Batch]:
+    return [[(max(1, round(n * (1 - share))), round(n * share))] for n in lengths for share in CACHED] + [
+        [(n // 2, 0), (n // 4, n // 4), (64, n)] for n in lengths
+    ]
+
+
+def decision_seconds() -> float:
+    """The least of many, on an 8-rank machine, over batches of one to four prompts."""
+    plan = planner("nvlink4-8", "64:8 x 128")
+    asked: list[Batch] = [[(700 * n, 100 * n)] * k for n in (1, 5, 40) for k in (1, 2, 4)]
+    times = []
+    for batch in asked:
+        each = []
+        for _ in range(200):
+            since = time.perf_counter()
+            plan.choose(batch)
+            each.append(time.perf_counter() - since)
+        times.append(statistics.median(each))
+    return max(times)
+
+
+def summary(results: Sequence[Result]) -> dict[str, float]:
+    regrets = sorted(r.regret for r in results)
+    return {
+        "cases": len(results),
+        "median": statistics.median(regrets),
+        "p90": regrets[len(regrets) * 9 // 10],
+        "worst": regrets[-1],
+        "slowest_over_off": min(r.over_off for r in results),
+        "strategies_chosen": len({r.chosen for r in results}),
+    }
+
+
+def report(results: Sequence[Result], found: dict[str, float]) -> None:
+    for r in sorted(results, key=lambda r: -r.regret)[:12]:
+        print(f"{r.regret:7.1%}  {r.machine:20} {r.shape:12} {r.chosen:28} best {r.best:28} {r.batch}")
+    print(
+        f"{found['cases']} cases: regret {found['median']:.2%} at the median, {found['p90']:.2%} at nine tenths, "
+        f"{found['worst']:.1%} at worst; at worst {found['slowest_over_off']:.3f}x the speed of off; "
+        f"a decision takes {found['decision_us']:.0f} us"
+    )
+
+
+def as_json(args: argparse.Namespace, results: Sequence[Result], found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "what": "regret of the planner's choice, " + ("simulated" if args.simulated else "measured"),
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "summary": found,
+        "results": [asdict(r) | {"seconds": {k: float(f"{s:.5g}") for k, s in r.seconds.items()}} for r in results],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
