@@ -192,9 +192,9 @@ class Layout:
             return FULL if self.history == "all" or self.group_of(kv) == self.group_of(q) else EMPTY
         if q == kv:
             return CAUSAL if self.causal else FULL
-        if self.kind == "home" or self.group_of(kv) != self.group_of(q):
-            return EMPTY  # another chunk or group holds other sequences
-        return FULL if kv < q or not self.causal else EMPTY
+        if self.kind == "home" or (self.causal and kv > q):
+            return EMPTY  # other sequences, or later tokens
+        return FULL if self.group_of(kv) == self.group_of(q) else EMPTY
 
     def group_of(self, chunk: int) -> int:
         """The group whose sequences a chunk is part of."""

@@ -114,7 +114,7 @@ def test_up_to_sixteen_ranks(num_ranks: int) -> None:
         for kind in kinds:
             sizes = {"num_ranks": num_ranks, "num_heads": 2 * num_ranks, "num_kv_heads": num_ranks}
             plan = plan_for(name, kind=kind, **sizes)  # type: ignore[arg-type]
-            batch = Batch(plan.layout, [Request(3 * num_ranks + 1, 2 * num_ranks + 5), Request(1, 33, 5)], head_dim=2)
+            batch = Batch(plan.layout, [Request(9 * num_ranks + 1, 2 * num_ranks + 5), Request(1, 33, 5)], head_dim=2)
             result = run_lockstep(plan, batch, kernel=get_kernel("torch_cpu"))
             assert error(result.outs, batch.expected()) < 1e-5
             assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
