@@ -179,7 +179,7 @@ def _take_state(replay: _Replay, t: Transfer) -> tuple[list[_Fold], str | None]:
     lo, hi = t.block.heads
     slot = replay.slots[t.src, t.block.chunk]
     taken = [f for f in slot if lo < f.heads[1] and f.heads[0] < hi]
-    replay.slots[t.src, t.block.chunk] = [f for f in slot if f not in taken]
+    replay.slots[t.src, t.block.chunk] = [f for f in slot if f.heads[1] <= lo or hi <= f.heads[0]]
     if not taken:
         return taken, "empty state sent"
     cut = any(f.heads[0] < lo or f.heads[1] > hi for f in taken)

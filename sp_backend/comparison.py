@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
 import numpy as np
 
 from sp_backend.cost import ModelShape, PlanCost, Sizes
 from sp_backend.geometry import predicted_bytes
-from sp_backend.plan import Plan
 from sp_backend.planner import OFF, Batch, Candidate, lay_out
 from sp_backend.strategies import Variant, plan_for, variants
 from sp_backend.topology import Floats, Machine
+
+MOST_RANKS_OF_ALL: Final = 16  # beyond, plans are so large that costing every variant takes minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +32,36 @@ class Question:
     layout: Literal["tokens", "heads"] = "tokens"
     causal: bool = True
     page_size: int = 64
+    every_option: bool = False  # cost every variant, however many ranks there are
     whole_step: bool = False  # rank by the time of a forward pass, not by that of one layer's attention
     forced: Variant | None = None
 
-    def candidates(self) -> list[Variant]:
-        """Every variant that fits, off first (where one rank can do a prompt alone)."""
+    def variants(self) -> list[Variant]:
+        """All that fit, off first (where one rank can do a prompt alone)."""
         ranks = self.machine.num_ranks
-        found = [OFF] if self.layout == "tokens" else []
-        found += variants(ranks, self.shape.num_heads, self.layout) if ranks > 1 or not found else []
+        off = [OFF] if self.layout == "tokens" else []
+        return off + (variants(ranks, self.shape.num_heads, self.layout) if ranks > 1 or not off else [])
+
+    def candidates(self) -> list[Variant]:
+        """The variants to be costed: all, or of large groups each strategy's defaults at each degree."""
+        found = self.variants()
+        if not self.every_option and self.machine.num_ranks > MOST_RANKS_OF_ALL:
+            found = list(dict.fromkeys(Variant(v.strategy, degree=v.degree) for v in found))
         return found if self.forced is None or self.forced in found else [*found, self.forced]
 
-    def plan(self, variant: Variant) -> Plan:
+    def cost(self, variant: Variant) -> PlanCost:
+        """Of one prompt alone, its group of ranks is all there is: the others have nothing to do or to send."""
         shape, ranks = self.shape, self.machine.num_ranks
-        heads = shape.num_heads, shape.num_kv_heads
-        return plan_for(variant, num_ranks=ranks, num_heads=heads[0], num_kv_heads=heads[1], causal=self.causal)
+        if variant.degree is not None and len(self.batch) == 1:
+            ranks, variant = variant.degree, replace(variant, degree=None)
+        plan = plan_for(
+            variant,
+            num_ranks=ranks,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            causal=self.causal,
+        )
+        return PlanCost(plan, self.machine.first(ranks), shape)
 
 
 class Comparison:
@@ -53,10 +70,7 @@ class Comparison:
     def __init__(self, question: Question) -> None:
         """Raises ValueError if the forced variant does not fit."""
         self.question = question
-        self._costs = {
-            variant: PlanCost(question.plan(variant), question.machine, question.shape)
-            for variant in question.candidates()
-        }
+        self._costs = {variant: question.cost(variant) for variant in question.candidates()}
         found = [self._candidate(variant, cost) for variant, cost in self._costs.items()]
         self.ranked: list[Candidate] = sorted(found, key=self.seconds)
         self.best = self.ranked[0]
@@ -65,6 +79,10 @@ class Comparison:
     def seconds(self, candidate: Candidate) -> float:
         """What candidates are ranked by."""
         return candidate.cost.step_seconds if self.question.whole_step else candidate.cost.seconds
+
+    def machine(self, candidate: Candidate) -> Machine:
+        """The ranks that its plan is of."""
+        return self._costs[candidate.variant].machine
 
     def ratio(self, candidate: Candidate) -> float:
         return self.seconds(candidate) / self.seconds(self.best)
@@ -112,7 +130,8 @@ class Parts:
     fixed: float  # latencies, rounds and messages: what no bandwidth would save
 
 
-def parts(candidate: Candidate, machine: Machine, shape: ModelShape) -> Parts:
+def parts(comparison: Comparison, candidate: Candidate) -> Parts:
+    machine, shape = comparison.machine(candidate), comparison.question.shape
     cost, rates = candidate.cost, machine.rates
     compute = min(sum(r.compute for r in cost.rounds), cost.seconds)
     capacity = machine.topology.resources

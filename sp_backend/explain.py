@@ -7,6 +7,7 @@ or as a plot over lengths. Imports no torch; --plot alone needs matplotlib.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from sp_backend.catalog import ITEMSIZE
-from sp_backend.comparison import Comparison, Question
+from sp_backend.comparison import MOST_RANKS_OF_ALL, Comparison, Question
 from sp_backend.config import LAYOUTS
 from sp_backend.cost import ModelShape
 from sp_backend.models.config import ModelConfig
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list_topologies:
         print(topologies())
         return 0
+    gc.disable()  # plans are a million small objects, none of them in cycles
     try:
         _run(args)
     except ValueError as error:
@@ -87,6 +89,7 @@ def _arguments() -> argparse.ArgumentParser:
     )
     plans.add_argument("--sp-ranks-per-node", type=int, metavar="N", help="hamilton: links between nodes once a step")
     plans.add_argument("--sp-mapping", metavar="FILE", help="hamilton: rings of your own")
+    plans.add_argument("--all", action="store_true", help=f"every variant, of more than {MOST_RANKS_OF_ALL} ranks too")
     output = parser.add_argument_group("output")
     output.add_argument("--table", action="store_true", help="the whole plan, however large")
     output.add_argument("--json", type=Path, metavar="FILE", help="everything as data")
@@ -122,6 +125,7 @@ def _question(args: argparse.Namespace) -> Question:
         layout=args.sp_layout,
         causal=args.mask == "causal",
         page_size=_at_least(1, "--page-size", args.page_size),
+        every_option=args.all,
         whole_step=args.model is not None or args.layers is not None,
         forced=_forced(args, machine.num_ranks, shape.num_heads),
     )
@@ -207,7 +211,11 @@ def _forced(args: argparse.Namespace, num_ranks: int, num_heads: int) -> Variant
             f"--strategy {args.strategy}: not a strategy of --sp-layout {args.sp_layout} ({', '.join(fitting)}), "
             "nor a plan as the ranking names it"
         )
-    return Variant(args.strategy, options, None if args.sp_degree == num_ranks else args.sp_degree)
+    degree = num_ranks if args.sp_degree is None else args.sp_degree
+    if degree < 1 or num_ranks % degree:
+        fit = ", ".join(str(d) for d in range(1, num_ranks + 1) if num_ranks % d == 0)
+        raise ValueError(f"--sp-degree {degree}: {num_ranks} ranks cannot be divided so; degrees that fit: {fit}")
+    return Variant(args.strategy, options, None if degree == num_ranks else degree)
 
 
 def _at_least(least: int, flag: str, value: int) -> int:
@@ -239,12 +247,11 @@ def write_json(comparison: Comparison, file: Path) -> None:
 
 def write_timeline(comparison: Comparison, file: Path) -> None:
     """One layer under the plan shown, event by event; its other work too where the model's sizes are given."""
-    question, shown = comparison.question, comparison.shown
-    simulation = simulate(
-        shown.plan, question.machine, question.shape, shown.geometry, dense=question.shape.dense_flops > 0
-    )
-    title = f"{shown.variant} on {question.machine.name}"
-    file.write_bytes(msgspec.json.encode(chrome_trace(simulation, question.machine.num_ranks, title)))
+    shape, shown = comparison.question.shape, comparison.shown
+    machine = comparison.machine(shown)
+    simulation = simulate(shown.plan, machine, shape, shown.geometry, dense=shape.dense_flops > 0)
+    title = f"{shown.variant} on {machine.name}"
+    file.write_bytes(msgspec.json.encode(chrome_trace(simulation, machine.num_ranks, title)))
     print(
         f"\n{file}: one layer simulated event by event, {milliseconds(simulation.seconds)}; open it in ui.perfetto.dev"
     )

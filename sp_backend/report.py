@@ -18,7 +18,7 @@ _MOST_LINES: Final = 40
 def why(comparison: Comparison) -> str:
     """In a few sentences: what binds the best candidate, and what the next strategy loses by."""
     best, question = comparison.best, comparison.question
-    told = f"{best.variant} wins. {_binds(best, question)}"
+    told = f"{best.variant} wins. {binds(comparison, best)}"
     if question.whole_step:
         share = question.shape.num_layers * best.cost.seconds / best.cost.step_seconds
         told += f" Attention is {share:.0%} of the step's {milliseconds(best.cost.step_seconds)}."
@@ -28,13 +28,14 @@ def why(comparison: Comparison) -> str:
         return f"{told} Within {TIE:.0%} of it, which no prediction tells apart: {', '.join(equal)}."
     if others:
         told += f" The next strategy, {others[0].variant}, takes {comparison.ratio(others[0]):.2f}x: "
-        told += f"{_loss(best, others[0], question)}."
+        told += f"{_loss(comparison, others[0])}."
     return told
 
 
-def _binds(candidate: Candidate, question: Question) -> str:
+def binds(comparison: Comparison, candidate: Candidate) -> str:
+    """What a candidate's attention waits for most: compute, a link, or latency."""
     cost, total = candidate.cost, milliseconds(candidate.cost.seconds)
-    spent = parts(candidate, question.machine, question.shape)
+    spent = parts(comparison, candidate)
     compute, link = milliseconds(spent.compute), milliseconds(spent.link)
     if not cost.link_bytes:
         return f"Nothing is sent: {total}, of which compute is {compute}."
@@ -47,15 +48,16 @@ def _binds(candidate: Candidate, question: Question) -> str:
             rest += f", and rounds, messages, packing and merging take {milliseconds(spent.overhead)}"
         return f"Compute binds: {compute} of {total}. Communication ({sent}: {link}) {hides}; {rest}."
     if most == spent.link:
-        rate = size(question.machine.topology.resources[spent.resource])
+        rate = size(comparison.machine(candidate).topology.resources[spent.resource])
         return f"A link binds: {sent}, take {link} of {total} at {rate}/s."
     fixed = f"{len(candidate.plan.rounds)} rounds and their messages cost {milliseconds(spent.fixed)} of {total}"
     return f"Latency binds: {fixed} at any bandwidth; {sent}, take {link}."
 
 
-def _loss(best: Candidate, other: Candidate, question: Question) -> str:
-    """The part of the time by which the other one falls behind most."""
-    mine, theirs = (parts(c, question.machine, question.shape) for c in (best, other))
+def _loss(comparison: Comparison, other: Candidate) -> str:
+    """The part of the time by which another candidate falls behind the best most."""
+    best, question = comparison.best, comparison.question
+    mine, theirs = (parts(comparison, c) for c in (best, other))
     layers = question.shape.num_layers if question.whole_step else 1
     lost = {
         "its kernel calls take": layers * (theirs.compute - mine.compute),
@@ -99,6 +101,9 @@ def _asked(question: Question) -> str:
 
 def _ranking(comparison: Comparison) -> str:
     title = f"{len(comparison.ranked)} candidates, the best variant of each strategy; ms of a layer's attention"
+    possible = len(comparison.question.variants())
+    if possible > len(comparison.ranked):
+        title += f"\n(default options only, of so many ranks; --all costs all {possible} variants and takes minutes)"
     header = ["#", "plan", "attention", "exposed", "hidden", "ratio", "busiest link", "all links"]
     if comparison.question.whole_step:
         header.insert(2, "whole step")
@@ -162,7 +167,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
 
 def _row(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:
     cost, pair = candidate.cost, busiest_link(candidate)
-    spent = parts(candidate, comparison.question.machine, comparison.question.shape)
+    spent = parts(comparison, candidate)
     return {
         "name": str(candidate.variant),
         "strategy": candidate.variant.strategy,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ import pytest
 
 from sp_backend import explain
 from sp_backend.comparison import Comparison, Question, parts
-from sp_backend.cost import ModelShape
+from sp_backend.cost import ModelShape, PlanCost
 from sp_backend.geometry import predicted_bytes
-from sp_backend.planner import OFF
-from sp_backend.report import as_data, as_text, milliseconds, plan_table, size, why
+from sp_backend.planner import OFF, lay_out
+from sp_backend.report import as_data, as_text, binds, milliseconds, plan_table, size, why
 from sp_backend.simulate import simulate
 from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for
 from sp_backend.topology import KINDS, Machine, load_machine
@@ -67,8 +69,29 @@ def test_bytes_are_those_that_the_wires_carry() -> None:
 def test_compute_exposed_communication_and_overhead_are_all_of_the_time() -> None:
     comparison = compare(new=2048)
     for c in comparison.ranked:
-        spent = parts(c, comparison.question.machine, GQA)
+        spent = parts(comparison, c)
         assert spent.compute + spent.exposed + spent.overhead == pytest.approx(c.cost.seconds, rel=0.02)
+
+
+@pytest.mark.parametrize("variant", [Variant("ring_pass_kv", degree=2), Variant("ulysses", degree=4)], ids=str)
+def test_a_prompt_that_is_alone_costs_what_its_group_of_ranks_does(variant: Variant) -> None:
+    """The others have nothing to do: the plan of all ranks takes as long and sends as much."""
+    machine, batch = load_machine("2xpcie4-4/nic200-shared"), [(3000, 500)]
+    comparison = Comparison(Question(machine, GQA, batch, forced=variant))
+    whole = plan_for(variant, num_ranks=8, num_heads=64, num_kv_heads=8)
+    cost = PlanCost(whole, machine, GQA).cost(lay_out(whole.layout, batch, 64))
+    assert comparison.shown.plan.layout.num_ranks == variant.degree
+    assert comparison.shown.cost.seconds == pytest.approx(cost.seconds)
+    assert comparison.shown.cost.step_seconds == pytest.approx(cost.step_seconds)
+    assert {pair: n for pair, n in cost.link_bytes.items() if n} == comparison.shown.cost.link_bytes
+
+
+def test_of_many_ranks_only_default_options_are_costed_unless_all_is_asked_for() -> None:
+    question = Question(load_machine("4xnvlink4-8/nic400"), GQA, [(8192, 0)])
+    named = [str(v) for v in question.candidates()]
+    assert "hybrid" in named and "ring_pass_kv@8" in named and "hybrid(ulysses_degree=2)" not in named
+    everything = replace(question, every_option=True)
+    assert everything.candidates() == everything.variants() and len(named) < len(everything.variants())
 
 
 def test_a_strategy_that_is_asked_for_is_shown_even_if_it_is_no_candidate() -> None:
@@ -86,18 +109,25 @@ def test_a_strategy_that_is_asked_for_is_shown_even_if_it_is_no_candidate() -> N
     ("topology", "new", "heads", "reason"),
     [
         ("nvlink4-4", 131072, (64, 8), "Compute binds"),
-        ("nic200-4", 4096, (32, 32), "A link binds"),
-        ("nic400-8", 1024, (8, 8), "Latency binds"),
-        ("nvlink4-4", 16, (64, 8), "local wins. Nothing is sent"),
+        ("nic200-4", 8192, (32, 32), "A link binds"),
+        ("nic400-4", 512, (2, 1), "Latency binds"),
     ],
 )
 def test_the_reason_is_what_binds(topology: str, new: int, heads: tuple[int, int], reason: str) -> None:
-    shape = ModelShape(*heads, 128, num_layers=32, dense_flops=2 * 7e9)
-    assert reason in why(compare(topology, new, shape=shape, whole_step=True))
+    comparison = compare(topology, new, shape=ModelShape(*heads, 128), forced=Variant("ring_pass_kv"))
+    assert binds(comparison, comparison.shown).startswith(reason)
 
 
-def test_the_reason_says_what_the_next_strategy_loses_by() -> None:
-    assert "The next strategy, ring_pass_kv@2, takes" in why(compare(new=64))
+def test_a_short_prompt_stays_on_one_rank_because_the_others_cost_rounds_and_messages() -> None:
+    told = why(compare(new=64))
+    assert told.startswith("local wins. Nothing is sent: ")
+    assert re.search(r"The next strategy, .*, takes 1\.\d\dx: its rounds, messages, packing and merging take", told)
+
+
+def test_of_a_step_dense_work_may_be_what_the_next_one_loses_by() -> None:
+    shape = ModelShape(8, 8, 128, num_layers=2, dense_flops=2e12)
+    told = why(compare("nvlink4-1", 4096, shape=shape, whole_step=True))
+    assert re.search(r"^local wins.* Attention is \d% of the step's ", told)
 
 
 def test_the_reason_names_what_no_prediction_tells_apart() -> None:
@@ -227,7 +257,7 @@ def test_a_topology_may_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --sp-num-rings 2", "--sp-num-rings needs a --strategy"),
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy hamilton --sp-num-rings 9", "--sp-num-rings"),
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy ulysses --sp-window-size 2", "--sp-window-size"),
-        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy ulysses --sp-degree 3", "degree"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy ulysses --sp-degree 3", "--sp-degree 3: 4 ranks"),
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --model nowhere", "nowhere: no such folder"),
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --json nowhere/x", "--json nowhere/x: cannot be written"),
         ("--topology nvlink4-4 --heads 8 --new-tokens five", "--new-tokens: invalid int value"),
