@@ -19,7 +19,8 @@ from sp_backend.layout import KV, Block, Layout
 from sp_backend.plan import Plan
 from sp_backend.program import Call, Program, Use
 
-_MANY_QUERIES = 16
+_FEW_QUERIES = 16  # for fewer, copying keys costs as much as attending them
+_MANY_KEYS = 4096  # of one block: from there on a call of its own costs nothing, and joining them doubles the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +131,10 @@ class ScheduleBuilder:
         return Envelope(peer, sum(sizes), tuple(sections))
 
     def _calls(self, geometry: Geometry, window: int | None, call: Call) -> list[KernelCall]:
-        """Keys are joined if it pays: their positions must ascend under a window, and few queries do not pay a copy."""
-        num_rows = sum(geometry.num_rows(uses[0].block) for uses in call.qs)
-        together = len(call.kvs) == 1 or (window is None and num_rows >= _MANY_QUERIES)
+        """The call with its keys joined if that pays and, under a window, none, since positions must ascend."""
+        num_queries = sum(geometry.num_rows(uses[0].block) for uses in call.qs)
+        pays = num_queries >= _FEW_QUERIES and all(geometry.num_rows(kv.block) <= _MANY_KEYS for kv in call.kvs)
+        together = len(call.kvs) == 1 or (pays and window is None)
         made = [self._call(geometry, window, c) for c in ([call] if together else call.apart())]
         return [c for c in made if c is not None]
 

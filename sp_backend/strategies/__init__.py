@@ -100,7 +100,7 @@ STRATEGIES: dict[str, Strategy] = {
         ulysses.build_hybrid, SPREAD, ("ulysses_degree", "ring_inside"), ulysses.hybrids, layout="tokens"
     ),
     "double_ring": Strategy(double_ring.build, SPREAD, ("window_size",), double_ring.windows, layout="tokens"),
-    "sharded_q": Strategy(sharded_q.build, ("heads",), layout="heads"),
+    "sharded_q": Strategy(sharded_q.build, ("heads",), useful=sharded_q.fits, layout="heads"),
     "decode": Strategy(decode.build, ("home", "heads")),
     "local": Strategy(local.build, ("home",), history="own"),
 }

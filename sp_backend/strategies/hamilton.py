@@ -1,8 +1,9 @@
 """Hamilton: KV in pieces, each on its own Hamiltonian cycle of the ranks; no two cycles share a link.
 
 Bytes are those of a ring, spread over as many links of each rank as there are cycles: for ranks that reach many
-others directly. Cycles come from cycles.py or from the user. Of 4 ranks there are not 3, of 6 not 5: then each rank
-sends the j-th piece of its own KV straight to all others in round j, which loads every link as the cycles would.
+others directly. Cycles come from cycles.py or from the user. Where there are not enough (4 ranks have 2 and 6 have 4;
+an even number above 24, those that are strides), each rank sends the j-th piece of its own KV straight to all others in
+round j: the same bytes, and as many on every link.
 Source: TASP (arXiv 2509.26541) and Hamilton attention in MindSpeed.
 """
 

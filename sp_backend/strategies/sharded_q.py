@@ -27,6 +27,11 @@ def build(layout: Layout) -> Plan:
     return Plan("sharded_q", layout, tuple(rounds))
 
 
+def fits(num_ranks: int, num_heads: int) -> list[dict[str, int]]:
+    """Options: it has none, but may not fit."""
+    return [] if num_heads % num_ranks else [{}]
+
+
 def _shard(layout: Layout, rank: int) -> list[int]:
     """The chunks that only this rank holds."""
     return [c for c in layout.kv_of(rank) if not (layout.redundant_kv and c < layout.num_new)]

@@ -41,7 +41,7 @@ def build_hybrid(layout: Layout, ulysses_degree: int | None = None, ring_inside:
 
 def fits(num_ranks: int, num_heads: int) -> list[dict[str, int]]:
     """Options of ulysses: it has none, but may not fit."""
-    return [{}] if num_ranks <= num_heads else []
+    return [] if num_ranks > num_heads else [{}]
 
 
 def hybrids(num_ranks: int, num_heads: int) -> Iterator[dict[str, int | bool]]:

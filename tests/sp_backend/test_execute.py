@@ -171,16 +171,18 @@ def test_received_keys_are_attended_in_one_call_a_round(num_ranks: int) -> None:
                 assert variant.strategy in ("ulysses", "hybrid") or not any(c.causal for c in joined)
 
 
-def test_keys_are_not_joined_for_a_few_queries_or_under_a_window() -> None:
-    """A copy of them would not pay, or their positions would not ascend."""
+def test_keys_are_not_joined_for_few_queries_if_they_are_many_or_under_a_window() -> None:
+    """A copy would cost more than it saves, or positions would not ascend."""
     plan = plan_for("all_gather_kv", num_ranks=4, num_heads=4, num_kv_heads=2)
 
-    def calls(new: int, window: int | None = None) -> int:
-        batch = Batch(plan.layout, [Request(new, 40)])
+    def calls(new: int, window: int | None = None, cached: int = 40) -> int:
+        batch = Batch(plan.layout, [Request(new, cached)], head_dim=2)
         return run_lockstep(plan, batch, window=window).executors[0].counters.kernel_calls
 
     assert calls(80) == 4 + 1  # two causal chunks, the front one for the back one, history; then all that came
-    assert calls(24) == calls(80, window=1000) == 4 + 6 + 3  # new chunks and histories of three ranks
+    assert (
+        calls(24) == calls(80, window=1000) == calls(80, cached=60_000) == 4 + 6 + 3
+    )  # new chunks and histories of three ranks
 
 
 def test_every_pair_of_a_sequence_is_attended_by_some_rank() -> None:

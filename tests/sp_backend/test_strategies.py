@@ -47,7 +47,7 @@ def test_every_variant_is_proven(num_ranks: int) -> None:
         name for name, strategy in STRATEGIES.items() if strategy.layout == "tokens"
     }
     assert {v.degree for v in of_tokens} == {None} | {d for d in range(2, num_ranks) if num_ranks % d == 0}
-    assert of_heads == [Variant("sharded_q")]
+    assert of_heads == [Variant("sharded_q")] and variants(num_ranks, num_ranks + 1, "heads") == []
 
 
 def test_a_variant_s_name_is_short_unique_and_that_of_its_plan() -> None:
