@@ -13,6 +13,7 @@ receiver. A replay of exactly that (`rendezvous`) is part of the proof.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -259,20 +260,24 @@ class _Sample:
     def count(self, state: Block, folds: list[_Fold]) -> Iterator[str]:
         """Each visible pair of tokens is seen once by every head of the state."""
         cuts = sorted({*state.heads, *(x for f in folds for x in f.heads)})
+        of_head: dict[int, list[_Fold]] = defaultdict(list)  # first head of a range -> its folds
+        for f in folds:
+            for lo in cuts[bisect_left(cuts, f.heads[0]) : bisect_left(cuts, f.heads[1])]:
+                of_head[lo].append(f)
         for index, chunks in enumerate(self.positions):
             q, k = chunks[state.chunk], np.concatenate(chunks)
             if not len(q):
                 continue
-            ends = np.cumsum([len(c) for c in chunks])
+            ends = np.cumsum([len(c) for c in chunks]).tolist()
             want = k <= q[:, None] if self.layout.causal else np.ones((len(q), len(k)), bool)
             for lo, hi in zip(cuts, cuts[1:], strict=False):
                 seen = np.zeros((len(q), len(k)), int)
-                for f in folds:
-                    if f.heads[0] <= lo and hi <= f.heads[1]:
-                        rows, (i, n) = len(chunks[f.kv.chunk]), f.kv.piece
-                        first = ends[f.kv.chunk] - rows
-                        part = seen[:, first + rows * i // n : first + rows * (i + 1) // n]
-                        part += np.tri(*part.shape, dtype=np.int64) if f.causal else 1
+                for f in of_head[lo]:
+                    rows, (i, n) = len(chunks[f.kv.chunk]), f.kv.piece
+                    first = ends[f.kv.chunk] - rows
+                    since, until = first + rows * i // n, first + rows * (i + 1) // n
+                    if since < until:
+                        seen[:, since:until] += np.tri(len(q), until - since, dtype=np.int64) if f.causal else 1
                 if (seen != want).any():
                     yield f"{state} heads {lo}:{hi}: a pair of tokens of sample {index} is not seen once"
 
