@@ -25,8 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.regret import Result, report, result, summary
 from sp_backend.cost import ModelShape
-from sp_backend.planner import OFF, Batch, Planner
+from sp_backend.planner import Batch, Planner
 from sp_backend.simulate import perturbed, simulate
 from sp_backend.topology import load_machine
 
@@ -36,7 +37,7 @@ SHAPES = {
     "64:8 x 128": ModelShape(64, 8, 128, num_layers=80, dense_flops=140e9),
     "32:32 x 128": ModelShape(32, 32, 128, num_layers=32, dense_flops=14e9),
     "32:8 x 128": ModelShape(32, 8, 128, num_layers=32, dense_flops=16e9),
-    "12:4 x 32": ModelShape(12, 4, 32, num_layers=4, dense_flops=7e6),
+    "12:4 x 32": ModelShape(12, 4, 32, num_layers=4, dense_flops=7e6),  # the embedded model
 }
 GPUS = ("64:8 x 128", "32:32 x 128", "32:8 x 128")
 MACHINES: dict[str, tuple[str, ...]] = {  # -> shapes
@@ -54,21 +55,6 @@ class Case:
     shape: str
     batch: list[tuple[int, int]]
     seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Regrets are chosen / best - 1; seconds of a step."""
-
-    machine: str
-    shape: str
-    batch: list[tuple[int, int]]
-    chosen: str
-    best: str
-    regret: float
-    over_off: float  # off / chosen
-    predicted: float
-    seconds: dict[str, float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,11 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from benchmarks.planner_ranks import measure_all  # torch and processes, which the simulation does without
 
-        results, about = measure_all(args.ranks, batches(args.lengths), SHAPES["12:4 x 32"], args.repeats)
-    found = summary(results) | {"decision_us": round(decision * 1e6, 1)}
-    report(results, found)
+        results, about = measure_all(args.ranks, batches(args.lengths), SHAPES["12:4 x 32"], args.repeats, PAGE_SIZE)
+    report(results)
+    print(f"a decision takes {decision * 1e6:.0f} us")
     if args.json:
-        args.json.write_text(json.dumps(as_json(args, results, found | about), indent=2) + "\n")
+        args.json.write_text(
+            json.dumps(as_json(args, results, about | {"decision_us": round(decision * 1e6, 1)}), indent=2) + "\n"
+        )
     return 0
 
 
@@ -132,14 +120,7 @@ def judge(case: Case) -> Result:
     return result(case.machine, case.shape, case.batch, str(choice.variant), choice.seconds, seconds)
 
 
-def result(machine: str, shape: str, batch: Batch, chosen: str, predicted: float, seconds: dict[str, float]) -> Result:
-    best = min(seconds, key=seconds.__getitem__)
-    off = seconds[str(OFF)] / seconds[chosen]
-    regret = seconds[chosen] / seconds[best] - 1
-    return Result(machine, shape, list(batch), chosen, best, regret, off, predicted, seconds)
-
-
-def batches(lengths: Sequence[int]) -> list[Batch]:
+def batches(lengths: Sequence[int]) -> Sequence[Batch]:
     return [[(max(1, round(n * (1 - share))), round(n * share))] for n in lengths for share in CACHED] + [
         [(n // 2, 0), (n // 4, n // 4), (64, n)] for n in lengths
     ]
@@ -160,37 +141,15 @@ def decision_seconds() -> float:
     return max(times)
 
 
-def summary(results: Sequence[Result]) -> dict[str, float]:
-    regrets = sorted(r.regret for r in results)
-    return {
-        "cases": len(results),
-        "median": statistics.median(regrets),
-        "p90": regrets[len(regrets) * 9 // 10],
-        "worst": regrets[-1],
-        "slowest_over_off": min(r.over_off for r in results),
-        "strategies_chosen": len({r.chosen for r in results}),
-    }
-
-
-def report(results: Sequence[Result], found: dict[str, float]) -> None:
-    for r in sorted(results, key=lambda r: -r.regret)[:12]:
-        print(f"{r.regret:7.1%}  {r.machine:20} {r.shape:12} {r.chosen:28} best {r.best:28} {r.batch}")
-    print(
-        f"{found['cases']} cases: regret {found['median']:.2%} at the median, {found['p90']:.2%} at nine tenths, "
-        f"{found['worst']:.1%} at worst; at worst {found['slowest_over_off']:.3f}x the speed of off; "
-        f"a decision takes {found['decision_us']:.0f} us"
-    )
-
-
-def as_json(args: argparse.Namespace, results: Sequence[Result], found: dict[str, Any]) -> dict[str, Any]:
+def as_json(args: argparse.Namespace, results: Sequence[Result], about: dict[str, Any]) -> dict[str, Any]:
     return {
         "what": "regret of the planner's choice, " + ("simulated" if args.simulated else "measured"),
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "numpy": version("numpy"),
-        "summary": found,
+        "summary": summary(results),
         "results": [asdict(r) | {"seconds": {k: float(f"{s:.5g}") for k, s in r.seconds.items()}} for r in results],
-    }
+    } | about
 
 
 if __name__ == "__main__":

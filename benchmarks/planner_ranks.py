@@ -1,0 +1,114 @@
+"""The ranks behind `python -m benchmarks.planner --measured`: every candidate of every batch, in turn, on gloo ranks.
+
+A layer is what a server's step has in one: the dense products of a rank's own new tokens, then attention under the
+plan; a step is as many as the model has.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+from tqdm import tqdm
+
+from benchmarks.regret import Result, result
+from sp_backend.cost import ModelShape
+from sp_backend.execute import Executor
+from sp_backend.kernels import get_kernel
+from sp_backend.measure import measure
+from sp_backend.planner import Batch, Candidate, Planner
+from sp_backend.transport.gloo import GlooTransport
+
+DTYPE = torch.float32
+HIDDEN = 256  # of the dense products: their sizes, not their number, are those of a small model
+KERNEL = "torch_cpu"
+LONG_SECONDS = 2.0  # a candidate that takes this long is not run more often than FEWEST
+FEWEST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    num_ranks: int
+    batches: list[list[tuple[int, int]]]
+    shape: ModelShape
+    repeats: int
+    page_size: int
+    folder: str
+
+
+def measure_all(
+    num_ranks: int, batches: Sequence[Batch], shape: ModelShape, repeats: int, page_size: int
+) -> tuple[list[Result], dict[str, Any]]:
+    """Results, and the machine as measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape = replace(shape, itemsize=DTYPE.itemsize)
+        job = Job(num_ranks, [list(batch) for batch in batches], shape, repeats, page_size, folder)
+        spawn(_rank, (job,), nprocs=num_ranks)
+        return msgspec.json.decode((Path(folder) / "results").read_bytes(), type=tuple[list[Result], dict[str, Any]])
+
+
+def _rank(rank: int, job: Job) -> None:
+    torch.set_num_threads(1)
+    wait = timedelta(minutes=10)
+    dist.init_process_group("gloo", f"file://{job.folder}/store", wait, job.num_ranks, rank)
+    transport = GlooTransport.create(job.num_ranks, job.num_ranks, rank, wait.total_seconds())
+    machine = measure(transport, get_kernel(KERNEL), job.shape, DTYPE)
+    planner = Planner(machine, job.shape, job.num_ranks, page_size=job.page_size)
+    results = []
+    for batch in tqdm(job.batches, desc="Batches", unit="batch", disable=rank > 0):
+        choice = planner.choose(batch)
+        runs = {str(c.variant): _layer(c, job.shape, transport) for c in planner.rank_candidates(batch)}
+        layer = _medians(runs, job.repeats)
+        seconds = {name: job.shape.num_layers * s for name, s in layer.items()}
+        named = f"{job.num_ranks} gloo ranks", "float32", batch, str(choice.variant), choice.seconds
+        results.append(result(*named, seconds))
+    if rank == 0:
+        about = {"machine": msgspec.to_builtins(machine), "torch": str(torch.__version__)}
+        (Path(job.folder) / "results").write_bytes(msgspec.json.encode((results, about)))
+    dist.destroy_process_group()
+
+
+def _layer(candidate: Candidate, shape: ModelShape, transport: GlooTransport) -> Callable[[], object]:
+    """One layer of this rank under a plan, on random tensors."""
+    plan, rank, geometry = candidate.plan, transport.rank, candidate.geometry
+    layout, heads = plan.layout, shape.num_kv_heads
+    executor = Executor(plan, rank, get_kernel(KERNEL), transport, head_dim=shape.head_dim, dtype=DTYPE)
+    schedule = executor.schedule(geometry)
+    rows = [sum(row[c] for row in geometry.rows) for c in range(layout.num_chunks)]
+    q = {c: torch.randn(rows[c], shape.num_heads, shape.head_dim) for c in layout.q_of(rank)}
+    kv = {c: torch.randn(rows[c], 2, heads, shape.head_dim) for c in layout.kv_of(rank)}
+    hidden = torch.randn(sum(rows[c] for c in layout.q_of(rank)), HIDDEN)
+    weight = torch.randn(HIDDEN, round(shape.dense_flops / shape.num_layers / 2 / HIDDEN))
+
+    def run() -> None:
+        hidden @ weight
+        executor.run(schedule, q, kv)
+
+    return run
+
+
+def _medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of the slowest rank, the median of several turns; the first turn does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            if len(times[name]) >= FEWEST and times[name][0] > LONG_SECONDS:
+                continue
+            dist.barrier()
+            since = time.perf_counter()
+            run()
+            slowest = torch.tensor([time.perf_counter() - since])
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            if turn or float(slowest) > LONG_SECONDS:
+                times[name].append(float(slowest))
+    return {name: statistics.median(each) for name, each in times.items()}
