@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
+import numpy as np
 
 from sp_backend.catalog import ITEMSIZE
 from sp_backend.comparison import MOST_RANKS_OF_ALL, Comparison, Question
@@ -32,6 +33,7 @@ from sp_backend.trace import chrome_trace
 
 _SHORTEST = 512  # tokens of a plot; the longest is four times what is asked about
 _BEYOND = 4
+_MOST_RATIO = 3  # of a plot
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,14 +102,15 @@ def _arguments() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     comparison = Comparison(_question(args))
-    print(as_text(comparison, whole_plan=args.table), flush=True)
+    written = []
     for flag, write in (("--json", write_json), ("--timeline", write_timeline), ("--plot", write_plot)):
         file = getattr(args, flag.removeprefix("--"))
         if file is not None:
             try:
-                write(comparison, file)
+                written.append(f"{file}: {write(comparison, file)}")
             except OSError as error:
                 raise ValueError(f"{flag} {file}: cannot be written: {error.strerror}") from error
+    print("\n\n".join([as_text(comparison, whole_plan=args.table), *written]), flush=True)
 
 
 # From flags to a question
@@ -241,24 +244,24 @@ def topologies() -> str:
     return "\n".join([*lines, "", f"names: {GRAMMAR}"])
 
 
-def write_json(comparison: Comparison, file: Path) -> None:
+def write_json(comparison: Comparison, file: Path) -> str:
+    """Returns, as the other writers do, what is in the file."""
     file.write_bytes(msgspec.json.format(msgspec.json.encode(as_data(comparison))) + b"\n")
+    return "every candidate and the plan, as data"
 
 
-def write_timeline(comparison: Comparison, file: Path) -> None:
+def write_timeline(comparison: Comparison, file: Path) -> str:
     """One layer under the plan shown, event by event; its other work too where the model's sizes are given."""
     shape, shown = comparison.question.shape, comparison.shown
     machine = comparison.machine(shown)
     simulation = simulate(shown.plan, machine, shape, shown.geometry, dense=shape.dense_flops > 0)
     title = f"{shown.variant} on {machine.name}"
     file.write_bytes(msgspec.json.encode(chrome_trace(simulation, machine.num_ranks, title)))
-    print(
-        f"\n{file}: one layer simulated event by event, {milliseconds(simulation.seconds)}; open it in ui.perfetto.dev"
-    )
+    return f"one layer simulated event by event, {milliseconds(simulation.seconds)}; open it in ui.perfetto.dev"
 
 
-def write_plot(comparison: Comparison, file: Path) -> None:
-    """Predicted time against new tokens, one line a strategy: its best variant at each length."""
+def write_plot(comparison: Comparison, file: Path) -> str:
+    """Predicted time against new tokens, and its ratio to the best; one line a strategy, its best variant each time."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
@@ -269,18 +272,27 @@ def write_plot(comparison: Comparison, file: Path) -> None:
     asked = sum(new for new, _ in comparison.question.batch)
     longest = max(_BEYOND * asked, 2 * _SHORTEST)
     lengths = [_SHORTEST * 2**i for i in range(1 + int(math.log2(longest / _SHORTEST)))]
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for name, seconds in comparison.over_lengths([n / asked for n in lengths]).items():
-        axes.plot(lengths, seconds * 1e3, marker=".", label=name, linestyle="--" if name == OFF.strategy else "-")
-    axes.axvline(asked, color="grey", linewidth=0.8)
+    found = comparison.over_lengths([n / asked for n in lengths])
+    best = np.min(list(found.values()), axis=0)
+    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(8, 8), sharex=True)
+    for i, (name, seconds) in enumerate(found.items()):
+        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "marker": ".", "label": name}
+        upper.plot(lengths, seconds * 1e3, **style)
+        lower.plot(lengths, seconds / best, **style)
     what = "a forward pass" if comparison.question.whole_step else "a layer's attention"
-    axes.set(xscale="log", yscale="log", xlabel="new tokens", ylabel=f"predicted time of {what} (ms)")
-    axes.set_title(f"{comparison.question.machine.name}: each strategy at its best degree and options", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    upper.set(xscale="log", yscale="log", ylabel=f"predicted time of {what} (ms)")
+    upper.set_title(f"{comparison.question.machine.name}: each strategy at its best degree and options", fontsize=10)
+    lower.set(xlabel="new tokens", ylabel="time ÷ the best", ylim=(0.95, _MOST_RATIO))
+    lower.set_xticks(lengths, [str(n) if n < 1024 else f"{n // 1024}k" for n in lengths])
+    lower.minorticks_off()
+    for axes in (upper, lower):
+        axes.axvline(asked, color="grey", linewidth=0.8)
+        axes.grid(alpha=0.3)
+    upper.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
+    return "predicted time against new tokens"
 
 
 if __name__ == "__main__":
