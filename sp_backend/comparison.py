@@ -122,7 +122,7 @@ class Parts:
     and fixed may hide behind compute.
     """
 
-    compute: float  # kernel calls, in each round those of the rank that has most
+    compute: float  # kernel calls: in each round those of the rank that has most, if that leaves room for the rest
     exposed: float  # communication that compute does not hide
     overhead: float  # rounds, messages, packing and merging
     link: float  # the busiest resource's bytes at its capacity
@@ -133,7 +133,7 @@ class Parts:
 def parts(comparison: Comparison, candidate: Candidate) -> Parts:
     machine, shape = comparison.machine(candidate), comparison.question.shape
     cost, rates = candidate.cost, machine.rates
-    compute = min(sum(r.compute for r in cost.rounds), cost.seconds)
+    compute = min(sum(r.compute for r in cost.rounds), cost.seconds - cost.exposed)
     capacity = machine.topology.resources
     resource = max(cost.resource_bytes, key=lambda n: cost.resource_bytes[n] / capacity[n], default="")
     latency = {pair: link.latency for pair, link in machine.topology.by_pair().items()}
@@ -146,7 +146,7 @@ def parts(comparison: Comparison, candidate: Candidate) -> Parts:
     return Parts(
         compute=compute,
         exposed=cost.exposed,
-        overhead=max(0.0, cost.seconds - compute - cost.exposed),
+        overhead=cost.seconds - cost.exposed - compute,
         link=cost.resource_bytes[resource] / capacity[resource] if resource else 0.0,
         resource=resource,
         fixed=fixed,

@@ -90,17 +90,19 @@ def as_text(comparison: Comparison, whole_plan: bool = False) -> str:
 def _asked(question: Question) -> str:
     shape, batch = question.shape, question.batch
     new, cached = sum(n for n, _ in batch), sum(c for _, c in batch)
-    prompts = "1 prompt" if len(batch) == 1 else f"{len(batch)} prompts"
+    ranks, prompts = _number(question.machine.num_ranks, "rank"), _number(len(batch), "prompt")
     heads = f"{shape.num_heads}:{shape.num_kv_heads} heads of {shape.head_dim}"
     return (
-        f"{question.machine.num_ranks} ranks of {question.machine.name}; {heads}, "
+        f"{ranks} of {question.machine.name}; {heads}, "
         f"{shape.itemsize} bytes an element, {'causal' if question.causal else 'full'} mask; "
         f"{prompts}, {new:,} new and {cached:,} cached tokens"
     )
 
 
 def _ranking(comparison: Comparison) -> str:
-    title = f"{len(comparison.ranked)} candidates, the best variant of each strategy; ms of a layer's attention"
+    title = (
+        f"{_number(len(comparison.ranked), 'candidate')}, the best variant of each strategy; ms of a layer's attention"
+    )
     possible = len(comparison.question.variants())
     if possible > len(comparison.ranked):
         title += f"\n(default options only, of so many ranks; --all costs all {possible} variants and takes minutes)"
@@ -205,6 +207,10 @@ def busiest_link(candidate: Candidate) -> tuple[int, int] | None:
 
 def _arrow(link: tuple[int, int]) -> str:
     return f"{link[0]}>{link[1]}"
+
+
+def _number(count: int, of: str) -> str:
+    return f"{count} {of}{'' if count == 1 else 's'}"
 
 
 def milliseconds(seconds: float) -> str:

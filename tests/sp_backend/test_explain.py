@@ -70,7 +70,8 @@ def test_compute_exposed_communication_and_overhead_are_all_of_the_time() -> Non
     comparison = compare(new=2048)
     for c in comparison.ranked:
         spent = parts(comparison, c)
-        assert spent.compute + spent.exposed + spent.overhead == pytest.approx(c.cost.seconds, rel=0.02)
+        assert spent.compute + spent.exposed + spent.overhead == pytest.approx(c.cost.seconds)
+        assert min(spent.compute, spent.exposed, spent.overhead) >= 0
 
 
 @pytest.mark.parametrize("variant", [Variant("ring_pass_kv", degree=2), Variant("ulysses", degree=4)], ids=str)
