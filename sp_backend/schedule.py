@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sp_backend.geometry import Geometry, Positions, block_bytes, query_key_pairs
+from sp_backend.geometry import Geometry, Positions, Ranges, block_bytes, query_key_pairs
 from sp_backend.kernels import Attention, HeadMap, Kernel, Span, Work
 from sp_backend.layout import KV, Block, Layout
 from sp_backend.plan import Plan
@@ -67,7 +67,7 @@ class KernelCall:
     num_rows: int
     num_heads: int
     kvs: tuple[Slice, ...]
-    keys: tuple[tuple[int, int, int], ...]  # (index of kvs, first row, last row), to be joined; one KV block: unused
+    keys: tuple[tuple[int, int, int], ...]  # (index of kvs, first row, last row), to be joined; empty for one KV block
     attend: Attention
 
 
@@ -139,41 +139,32 @@ class ScheduleBuilder:
         return [c for c in made if c is not None]
 
     def _call(self, geometry: Geometry, window: int | None, call: Call) -> KernelCall | None:
-        layout = self.plan.layout
-        rows = [[hi - lo for lo, hi in geometry.spans(kv.block)] for kv in call.kvs]  # [kv][sequence]
-        ends = [list(accumulate(of_sequence, initial=0)) for of_sequence in zip(*rows, strict=True)]
-        firsts = list(accumulate((e[-1] for e in ends), initial=0))  # of each sequence's keys
         spans: list[Span] = []
         parts: list[CallPart] = []
         first = 0
+        prefixes = _prefixes(geometry, call.kvs)
         for uses, seen in zip(call.qs, call.num_seen, strict=True):
             q_spans = geometry.spans(uses[0].block)
             met = [
-                Span(first + lo, first + hi, firsts[s], firsts[s] + ends[s][seen])
-                for s, (lo, hi) in enumerate(q_spans)
-                if hi > lo and ends[s][seen]
+                Span(first + q_lo, first + q_hi, k_lo, k_hi)
+                for (q_lo, q_hi), (k_lo, k_hi) in zip(q_spans, prefixes[seen], strict=True)
+                if q_hi > q_lo and k_hi > k_lo
             ]
             if met:
-                below = (first, first + q_spans[-1][1])
-                parts += [self._part(geometry, use, below, call.kvs[0].block.heads[0]) for use in uses]
+                rows = (first, first + q_spans[-1][1])
+                parts += [self._part(geometry, use, rows, call.kvs[0].block.heads[0]) for use in uses]
                 spans += met
-                first = below[1]
+                first = rows[1]
         if not spans:
             return None
-        there = [i for i, kv in enumerate(call.kvs) if geometry.num_rows(kv.block)]  # empty blocks do not travel
-        keys = [
-            (there.index(i), *geometry.spans(call.kvs[i].block)[s])
-            for s in range(len(ends))
-            for i in there
-            if rows[i][s]
-        ]
+        kvs = [kv for kv in call.kvs if geometry.num_rows(kv.block)]  # empty blocks do not travel
         work = self._work(geometry, window, call, spans, parts)
         return KernelCall(
             qs=tuple(parts),
             num_rows=first,
             num_heads=work.heads.num_heads,
-            kvs=tuple(_slice(layout, geometry, call.kvs[i]) for i in there),
-            keys=tuple(keys),
+            kvs=tuple(_slice(self.plan.layout, geometry, kv) for kv in kvs),
+            keys=_joined(geometry, kvs) if len(kvs) > 1 else (),
             attend=self.kernel(work),
         )
 
@@ -205,6 +196,21 @@ class ScheduleBuilder:
     def _positions(self, geometry: Geometry, blocks: Sequence[Block]) -> Tensor:
         parts: list[Positions] = [geometry.block_positions(b) for b in blocks]
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
+
+
+def _prefixes(geometry: Geometry, kvs: Sequence[Use]) -> list[Ranges]:
+    """[n][sequence] -> the rows of the sequence's first n KV blocks, when those of all are joined."""
+    rows = [[hi - lo for lo, hi in geometry.spans(kv.block)] for kv in kvs]
+    firsts = list(accumulate((sum(of_sequence) for of_sequence in zip(*rows, strict=True)), initial=0))[:-1]
+    ends = accumulate(rows, lambda before, more: [a + b for a, b in zip(before, more, strict=True)], initial=firsts)
+    return [list(zip(firsts, end, strict=True)) for end in ends]
+
+
+def _joined(geometry: Geometry, kvs: Sequence[Use]) -> tuple[tuple[int, int, int], ...]:
+    """Sequence by sequence, its rows of each KV block: (index of the block, first row, last row)."""
+    spans = [geometry.spans(kv.block) for kv in kvs]
+    of_sequences = zip(*spans, strict=True)
+    return tuple((i, lo, hi) for of_blocks in of_sequences for i, (lo, hi) in enumerate(of_blocks) if hi > lo)
 
 
 def _slice(layout: Layout, geometry: Geometry, use: Use) -> Slice:
