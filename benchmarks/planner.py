@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.regret import Result, report, result, summary
 from sp_backend.cost import ModelShape
-from sp_backend.planner import Batch, Planner
+from sp_backend.planner import OFF, Batch, Planner
 from sp_backend.simulate import perturbed, simulate
 from sp_backend.topology import load_machine
 
@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--simulated", action="store_true")
     which.add_argument("--measured", action="store_true")
     parser.add_argument("--cases", type=int, default=560, help="of --simulated (default: 560)")
+    parser.add_argument(
+        "--spread", type=float, default=SPREAD, help="of --simulated: how far the planner is misinformed"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="of --measured (default: 2)")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=LENGTHS, help="of --measured: tokens, cached included"
@@ -72,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     decision = decision_seconds()
     if args.simulated:
-        results = [judge(case) for case in tqdm(cases(args.cases), desc="Cases", unit="case")]
-        about: dict[str, Any] = {"spread": SPREAD}
+        results = [judge(case, args.spread) for case in tqdm(cases(args.cases), desc="Cases", unit="case")]
+        about: dict[str, Any] = {"spread": args.spread}
     else:
         from benchmarks.planner_ranks import measure_all  # torch and processes, which the simulation does without
 
@@ -108,11 +111,11 @@ def planner(machine: str, shape: str) -> Planner:
     return Planner(found, SHAPES[shape], found.num_ranks, page_size=PAGE_SIZE)
 
 
-def judge(case: Case) -> Result:
+def judge(case: Case, spread: float) -> Result:
     """Simulates every candidate on the machine as it turns out to be."""
     plan, shape = planner(case.machine, case.shape), SHAPES[case.shape]
     choice = plan.choose(case.batch)
-    machine = perturbed(plan.machine, SPREAD, case.seed)
+    machine = perturbed(plan.machine, spread, case.seed)
     seconds = {
         str(c.variant): simulate(c.plan, machine, shape, c.geometry, dense=True).step_seconds
         for c in plan.rank_candidates(case.batch)
@@ -148,8 +151,14 @@ def as_json(args: argparse.Namespace, results: Sequence[Result], about: dict[str
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "summary": summary(results),
-        "results": [asdict(r) | {"seconds": {k: float(f"{s:.5g}") for k, s in r.seconds.items()}} for r in results],
+        "results": [asdict(r) | {"seconds": shown(r, args.measured)} for r in results],
     } | about
+
+
+def shown(result: Result, every: bool) -> dict[str, float]:
+    """Seconds of every candidate, or of those that regret is about."""
+    about = {result.chosen, result.best, str(OFF)}
+    return {name: float(f"{s:.5g}") for name, s in result.seconds.items() if every or name in about}
 
 
 if __name__ == "__main__":
