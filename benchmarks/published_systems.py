@@ -181,8 +181,8 @@ def mindspeed(fitted_on: int = 37_000) -> System:
             "18K ring, communication of a step": "18K moved 12.8 GB/s and 37K 11.0: slower for the longer message, "
             "which no bandwidth and latency give together.",
             "18K 4 rings, attention": "At 18K nothing was hidden: beside communication one ring and four leave about "
-            "the same (33.5 - 7 x 3.6 = 8.3 and 16.0 - 7 x 1.2 = 7.6 ms). The model hides what it can, as 37K must have "
-            "done: four times the work of those 8 ms, and 5.4 ms beside communication.",
+            "the same (33.5 - 7 x 3.6 = 8.3 and 16.0 - 7 x 1.2 = 7.6 ms). The model hides what it can, as 37K must "
+            "have done: four times the work of those 8 ms, and 5.4 ms beside communication.",
             "37K 4 rings, communication of a step": "A rank's four links together carried 38 GB/s at 18K and 25 GB/s "
             "at 37K; four of the fitted rate are 44 for both.",
         },
@@ -237,8 +237,8 @@ def meta(limit: Limit = ports, nominal: bool = False) -> System:
         "nodes of 8 x H100, 400 Gb/s RDMA a GPU",
         "arXiv 2411.01783, Llama 3 405B",
         "A rank is a node, of which one GPU is modelled: heads and weights over TP 8, a NIC of its own, whose rate is "
-        "that of the message published (a link's own time, taken in a run of pass-Q); the all-reduces of TP are part of "
-        "the fitted peak rate. Weights are read as bf16, though the FFN is FP8. 128K is 128,000.",
+        "that of the message published (a link's own time, taken in a run of pass-Q); the all-reduces of TP are part "
+        "of the fitted peak rate. Weights are read as bf16, though the FFN is FP8. 128K is 128,000.",
         (
             Row("128K on 1 node", 42.01, "s", prefill(1).pass_seconds, "slowness"),
             Row(
@@ -259,9 +259,9 @@ def meta(limit: Limit = ports, nominal: bool = False) -> System:
         ),
         (Winner("1 % new: pass-Q over pass-KV", 4, 3), Winner("10 % new: pass-KV over pass-Q", 5, 6)),
         {
-            "pass-KV faster from": "The model hides a message of KV behind a step's attention from about 2.3 % on. A tie "
-            "at 5 % needs that message (16.4 MB) to outlast 1.06 ms there, which is 15 GB/s; that of Q went at 20, the "
-            "all-to-all at 24.",
+            "pass-KV faster from": "The model hides a message of KV behind a step's attention from about 2.3 % on. A "
+            "tie at 5 % needs that message (16.4 MB) to outlast 1.06 ms there, which is 15 GB/s; that of Q went at 20, "
+            "the all-to-all at 24.",
         },
     )
 
