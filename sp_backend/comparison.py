@@ -51,17 +51,16 @@ class Question:
 
     def cost(self, variant: Variant) -> PlanCost:
         """Of one prompt alone, its group of ranks is all there is: the others have nothing to do or to send."""
-        shape, ranks = self.shape, self.machine.num_ranks
-        if variant.degree is not None and len(self.batch) == 1:
-            ranks, variant = variant.degree, replace(variant, degree=None)
+        shape, group = self.shape, variant.degree if len(self.batch) == 1 else None
+        ranks = group or self.machine.num_ranks
         plan = plan_for(
-            variant,
+            variant if group is None else replace(variant, degree=None),
             num_ranks=ranks,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             causal=self.causal,
         )
-        return PlanCost(plan, self.machine.first(ranks), shape)
+        return PlanCost(replace(plan, name=str(variant)), self.machine.first(ranks), shape)
 
 
 class Comparison:

@@ -237,7 +237,7 @@ def topologies() -> str:
         machine = preset(f"{kind}-2")
         link, rates = machine.topology.links[0], machine.rates
         port = machine.topology.resources[link.resources[0]]
-        flops = (f"{x / 1e12:.3g} TFLOP/s" for x in (max(map(max, rates.kernel.full)), rates.dense_flops))
+        flops = (f"{float(f'{x / 1e12:.3g}'):g} TFLOP/s" for x in (max(map(max, rates.kernel.full)), rates.dense_flops))
         rows.append([kind, f"{size(port)}/s", f"{link.latency * 1e6:.0f} us", *flops, f"{size(rates.memory_bytes)}/s"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
