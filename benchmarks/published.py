@@ -22,6 +22,7 @@ from benchmarks.published_systems import OTHERWISE, RING, SYSTEMS, Constant, Con
 from sp_backend.cost import ModelShape
 
 QWEN3_30B: Final = ModelShape(32, 4, 128, itemsize=4)  # Pith-Train's, in the fp32 of CPU ranks
+FIRST_BYTE_SECONDS: Final = 1e-10  # where the search for a bandwidth starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,10 @@ def evaluate(system: System) -> Evaluation:
 
 
 def calibrate(system: System) -> Constants:
-    """The constants that make the fitted rows exact, one secant search after the other until all of them are."""
+    """The constants that make the fitted rows exact, solved in turn until all of them are.
+
+    Raises RuntimeError if there are none.
+    """
     constants = Constants()
     fitted = [(row, row.fits) for row in system.rows if row.fits]
     for _ in range(20):
@@ -79,14 +83,18 @@ def calibrate(system: System) -> Constants:
 
 
 def _solve(row: Row, name: Constant, constants: Constants) -> float:
+    """One constant by the secant method; not converged where `max` and `min` in the model defeat it."""
+
     def off(value: float) -> float:
         return row.predict(replace(constants, **{name: value})) / row.published - 1
 
-    a = getattr(constants, name) or 1e-10
+    a = getattr(constants, name) or FIRST_BYTE_SECONDS
     b = 1.1 * a
     off_a, off_b = off(a), off(b)
-    while abs(off_b) > 1e-5 and off_b != off_a:
-        a, b, off_a = b, max(b - off_b * (b - a) / (off_b - off_a), b / 100), off_b
+    for _ in range(50):
+        if abs(off_b) < 1e-5 or off_b == off_a:
+            break
+        a, b, off_a = b, max(b - off_b * (b - a) / (off_b - off_a), b / 100), off_b  # never 0 or less
         off_b = off(b)
     return float(b)
 
@@ -166,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="of --measure: layers timed (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
+    if min(*args.ranks, args.tokens, args.repeats) < 1:
+        parser.error("--ranks, --tokens and --repeats must be at least 1")
     if args.measure:
         found = measured(args.ranks, args.tokens, args.repeats)
     else:

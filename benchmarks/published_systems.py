@@ -32,7 +32,7 @@ class Constants:
     """What is fitted, as times, in which a baseline's own time is close to linear."""
 
     slowness: float = 1.0  # of all computing, relative to the preset
-    byte_seconds: float = 0.0  # on what the case's `limit` says; 0: as the preset has it
+    byte_seconds: float = 0.0  # of what the case's `limit` says; 0: as the preset has it
     pass_seconds: float = 1e-3  # of a forward pass, whatever its size
 
 
@@ -91,7 +91,7 @@ class Case:
     cached: int = 0
     causal: bool = True
     kind: Kind = "zigzag"
-    limit: Limit = connections
+    limit: Limit = connections  # what a fitted bandwidth is that of
 
     def machine(self, constants: Constants) -> Machine:
         machine = preset(self.preset)
