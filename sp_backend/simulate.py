@@ -1,16 +1,17 @@
 """A discrete-event simulation of one layer under a plan: every message, kernel call and wait. Pure: no torch.
 
 Ranks run their operations in order and block at the first use of what has not arrived. A message starts when both its
-ends are posted; after its latency its bytes flow at a rate that is max-min fair among all messages in flight
-(progressive filling: Bertsekas and Gallager, Data Networks, 6.5.2). A rank whose cores carry its transfers computes at
-the machine's `overlap` of its speed meanwhile. Shares the machine's description with cost.py, and no timing: what that
-estimates round by round is followed here from event to event, so that each can be judged by the other.
+ends are posted; after its latency, and after what its link still carries, its bytes flow at a rate that is max-min
+fair among all messages in flight (progressive filling: Bertsekas and Gallager, Data Networks, 6.5.2). A rank whose
+cores carry its transfers computes at the machine's `overlap` of its speed meanwhile. Shares the machine's description
+with cost.py, and no timing: what that estimates round by round is followed here from event to event, so that each can
+be judged by the other.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -138,6 +139,9 @@ class _Engine:
         self._ready: list[int] = list(range(machine.num_ranks))
         self._latent: list[tuple[float, int]] = []  # (when its bytes start, message)
         self._flowing: dict[int, _Flow] = {}
+        self._queues: dict[tuple[int, int], deque[_Flow]] = defaultdict(
+            deque
+        )  # a link's messages, first the one flowing
         self._touching = [0] * machine.num_ranks  # messages in flight at each rank
         self._changed = False
         self._rates: dict[tuple[int, int, bool], float] = {}  # of the kernel, by block
@@ -192,12 +196,22 @@ class _Engine:
                 self._finish(flow)
         while self._latent and self._latent[0][0] <= self._now + _EPSILON:
             flow = self._flows[heapq.heappop(self._latent)[1]]
-            self._flowing[flow.message] = flow
-            self._changed = True
+            queue = self._queues[flow.src, flow.dst]
+            queue.append(flow)
+            if len(queue) == 1:
+                self._flow(flow)
+
+    def _flow(self, flow: _Flow) -> None:
+        self._flowing[flow.message] = flow
+        self._changed = True
 
     def _finish(self, flow: _Flow) -> None:
         del self._flowing[flow.message]
         self._changed = flow.done = True
+        queue = self._queues[flow.src, flow.dst]
+        queue.popleft()
+        if queue:
+            self._flow(queue[0])
         for rank in (flow.src, flow.dst):
             self._touching[rank] -= 1
         self._events.append(Event(flow.src, "send", f"{flow.name} > {flow.dst}", flow.start, self._now, flow.dst))

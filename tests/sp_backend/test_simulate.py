@@ -8,6 +8,7 @@ import pytest
 
 from sp_backend.cost import ModelShape, PlanCost
 from sp_backend.geometry import Geometry
+from sp_backend.layout import KV, Block
 from sp_backend.plan import Plan, Round, Transfer
 from sp_backend.planner import OFF, lay_out
 from sp_backend.simulate import Simulation, perturbed, simulate
@@ -60,6 +61,15 @@ def test_a_message_takes_its_latency_and_its_bytes() -> None:
 def test_messages_on_one_port_share_it_until_the_shorter_is_through() -> None:
     found = ends(transfers_only(switch(3), {(0, 2): 100, (1, 2): 300}))
     assert sorted(found.values()) == pytest.approx([200 * ROW, 400 * ROW])
+
+
+def test_a_link_carries_its_messages_in_the_order_of_their_posting() -> None:
+    plan = plan_of(Variant("all_gather_kv"), 2, MHA)
+    layout = replace(plan.layout, kind="contiguous", history="none")
+    halves = [Block(KV, 0, layout.all_heads, (i, 2)) for i in range(2)]
+    rounds = tuple(Round((Transfer(half, 0, 1),), ()) for half in halves)
+    found = ends(simulate(Plan("halves", layout, rounds), mesh(2), MHA, Geometry([[300, 0]])))
+    assert sorted(found.values()) == pytest.approx([150 * ROW, 300 * ROW])
 
 
 def test_rates_are_max_min_fair() -> None:
