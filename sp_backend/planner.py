@@ -4,8 +4,8 @@ Off (plan "local") is always a candidate: a prompt on one rank, all of its dense
 predicted step times is computed once, for each candidate over new tokens, cached tokens and the number of prompts
 they belong to; a decision interpolates it. Prompts that share a step are characterised by what costs: the sums of new
 and cached tokens, and of visible (query, key) pairs, given as the number of equal prompts with as many pairs.
-On near ties off wins, then fewer ranks, then the earlier row of the table of strategies: a prediction is no better
-than its margin, and off cannot be slower than itself.
+On near ties off wins: a prediction is no better than its margin, and off cannot be slower than itself. Variants that
+gain next to nothing over those kept are not kept, so that workers build few plans.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Planner:
             key=lambda d: found[d].seconds * (1.0 if d == 1 else 1.0 + OFF_MARGIN),
         )
         off = found[1].seconds if 1 in found else None
-        return self._explained(batch, found[best], off)
+        return self._explained(batch, found[best], off, forced=degree is not None)
 
     def degree_for(self, new: int, cached: int) -> int:
         """How many ranks should share one prompt that is alone; 1: it is best left on one."""
@@ -230,11 +230,12 @@ class Planner:
             grid, [self.candidates[i] for i in kept], columns, step[..., kept], np.stack(exposed, -1)[..., kept]
         )
 
-    def _explained(self, batch: Batch, found: _Found, off: float | None) -> Choice:
+    def _explained(self, batch: Batch, found: _Found, off: float | None, forced: bool) -> Choice:
         degree = self._degree(found.variant)
         if found.variant == OFF:
-            reason = f"off: {_milliseconds(found.seconds)} on one rank a prompt, and sharing one gains less than "
-            reason += f"{OFF_MARGIN:.0%}"
+            reason = f"off: {_milliseconds(found.seconds)} on one rank a prompt"
+            if not forced:
+                reason += f", and sharing one gains less than {OFF_MARGIN:.0%}"
         else:
             shape = self.shape
             new, total = sum(t for t, _ in batch), sum(t + c for t, c in batch)
