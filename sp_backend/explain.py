@@ -147,7 +147,7 @@ def _shape(args: argparse.Namespace) -> ModelShape:
     """The flags given, over the model's sizes."""
     sizes: dict[str, Any] = {"head_dim": 128, "layers": 1, "dense_params": 0.0, "dtype": "bfloat16"}
     if args.model is not None:
-        model = ModelConfig.load(args.model)
+        model = _model(args.model)
         sizes = {"heads": model.num_heads, "kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
         sizes |= {"layers": model.num_layers, "dtype": model.dtype}
         sizes["dense_params"] = model.layer_parameters * (args.layers or model.num_layers)
@@ -174,6 +174,16 @@ def _shape(args: argparse.Namespace) -> ModelShape:
         itemsize=ITEMSIZE[sizes["dtype"]],
         dense_flops=2 * sizes["dense_params"],
     )
+
+
+def _model(folder: str) -> ModelConfig:
+    try:
+        model = ModelConfig.load(folder)
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from error
+    if any(model.windows):
+        print(f"note: --model {folder} has sliding windows; its layers are costed as full attention", file=sys.stderr)
+    return model
 
 
 def _batch(args: argparse.Namespace) -> list[tuple[int, int]]:
@@ -205,7 +215,8 @@ def _forced(args: argparse.Namespace, num_ranks: int, num_heads: int) -> Variant
         if given:
             raise ValueError(f"{given[0]} needs a --strategy that takes it")
         return None
-    named = {str(v): v for v in (OFF, *variants(num_ranks, num_heads, args.sp_layout))}
+    off = [OFF] if args.sp_layout == "tokens" else []
+    named = {str(v): v for v in [*off, *variants(num_ranks, num_heads, args.sp_layout)]}
     if args.strategy in named and not given:
         return named[args.strategy]
     fitting = [name for name, row in STRATEGIES.items() if row.layout == args.sp_layout]

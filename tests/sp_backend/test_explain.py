@@ -228,6 +228,12 @@ def test_sizes_come_from_a_models_folder_and_flags_override_them(
     assert f"{heads}64" in capsys.readouterr().out
 
 
+def test_windows_of_a_model_are_said_not_to_be_costed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_checkpoint(tmp_path / "model", "mistral")
+    explain.main(["--topology", "loopback-2", "--new-tokens", "64", "--model", str(folder)])
+    assert "has sliding windows; its layers are costed as full attention" in capsys.readouterr().err
+
+
 def test_a_topology_may_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = load_machine("pcie4-4")
     file = tmp_path / "mine.json"
@@ -259,7 +265,7 @@ def test_a_topology_may_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy hamilton --sp-num-rings 9", "--sp-num-rings"),
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy ulysses --sp-window-size 2", "--sp-window-size"),
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy ulysses --sp-degree 3", "--sp-degree 3: 4 ranks"),
-        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --model nowhere", "nowhere: no such folder"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --model nowhere", "--model: nowhere: no such folder"),
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --json nowhere/x", "--json nowhere/x: cannot be written"),
         ("--topology nvlink4-4 --heads 8 --new-tokens five", "--new-tokens: invalid int value"),
     ],
