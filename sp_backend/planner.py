@@ -26,11 +26,11 @@ from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
 from sp_backend.topology import Floats, Machine
 
 OFF: Final = Variant("local")
-OFF_MARGIN: Final = 0.03  # a spread plan must be predicted to be faster by this
+OFF_MARGIN: Final = 0.08  # a spread plan must be predicted to be faster by this: more than predictions are wrong by
 TIE: Final = 0.02  # a variant is kept for what it gains over the others kept
 HIDDEN: Final = 0.03  # share of a step that communication may cost and be called hidden
 
-_NEW: Final = tuple(round(2 ** (k / 2)) for k in range(12, 41))  # new tokens of a step
+_NEW: Final = tuple(round(2 ** (k / 2)) for k in range(41))  # new tokens of a step
 _CACHED_UNIT: Final = 256
 _CACHED: Final = tuple(_CACHED_UNIT * (2**k - 1) for k in range(0, 14))
 _PROMPTS: Final = (1, 3, 9, 27)

@@ -157,7 +157,7 @@ def test_a_reason_says_what_moves_and_what_is_gained() -> None:
     spread = choice.reason
     assert spread.startswith(f"{choice.variant}: ") and "KV 410 MB a layer; communication hidden; " in spread
     assert spread.endswith("x over off")
-    assert off.startswith("off: ") and off.endswith("sharing one gains less than 3%")
+    assert off.startswith("off: ") and off.endswith("sharing one gains less than 8%")
 
 
 def test_candidates_are_ranked_for_the_very_batch() -> None:
