@@ -34,6 +34,8 @@ HIDDEN = 256  # of the dense products: their sizes, not their number, are those 
 KERNEL = "torch_cpu"
 LONG_SECONDS = 2.0  # a candidate that takes this long is not run more often than FEWEST
 FEWEST = 3
+ENOUGH_SECONDS = 5.0  # quick candidates take more turns, until these have passed ...
+MOST = 100  # ... or they have had so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,9 @@ def _layer(candidate: Candidate, shape: ModelShape, transport: GlooTransport) ->
 def _medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Seconds of the slowest rank, the median of several turns; the first turn does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    turn, turns = 0, repeats
+    while turn <= turns:
+        total = 0.0
         for name, run in runs.items():
             if len(times[name]) >= FEWEST and times[name][0] > LONG_SECONDS:
                 continue
@@ -109,6 +113,10 @@ def _medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
             run()
             slowest = torch.tensor([time.perf_counter() - since])
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            total += float(slowest)
             if turn or float(slowest) > LONG_SECONDS:
                 times[name].append(float(slowest))
+        if turn == 0:
+            turns = max(repeats, min(MOST, round(ENOUGH_SECONDS / total)))
+        turn += 1
     return {name: statistics.median(each) for name, each in times.items()}

@@ -280,18 +280,17 @@ class _Clock:
         return busy
 
     def _attend(self, ranks: Sequence[RankOps]) -> Floats:
-        """Kernel calls in order, the k-th of every rank together; returns each rank's seconds of compute."""
+        """Kernel calls in order, the k-th of every rank together; returns each rank's seconds in them."""
         compute = np.zeros_like(self._now)
         for k in range(max(len(ops.calls) for ops in ranks)):
             calls = [(r, ops.calls[k]) for r, ops in enumerate(ranks) if k < len(ops.calls)]
             self._wait([(r, m) for r, call in calls for m in call.needs])
             for r, call in calls:
                 for p in call.parts:
-                    seconds = self._work.attend_seconds(p)
-                    for q in p.merges:
-                        seconds = seconds + self._work.merge_seconds(q)
-                    compute[r] += seconds
-                    self._now[r] += seconds
+                    attended = self._work.attend_seconds(p)
+                    merged = sum(self._work.merge_seconds(q) for q in p.merges)
+                    compute[r] += attended
+                    self._now[r] += attended + merged * (attended > 0)
         return compute
 
 
@@ -344,8 +343,9 @@ class _Work:
         heads = block.heads[1] - block.heads[0]
         key = self._kind[block.chunk], heads
         if key not in self._merge_seconds:
-            state_bytes = self.rows_of(block) * heads * (self._shape.head_dim + 1) * 4
-            self._merge_seconds[key] = state_bytes / self._rates.merge_bytes
+            rows, rates = self.rows_of(block), self._rates
+            state_bytes = rows * heads * (self._shape.head_dim + 1) * 4
+            self._merge_seconds[key] = state_bytes / rates.merge_bytes + (rows > 0) * rates.fold_seconds
         return self._merge_seconds[key]
 
     def tokens(self) -> Floats:

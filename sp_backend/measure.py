@@ -26,6 +26,7 @@ from sp_backend.cost import ModelShape
 from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import HeadMap, Kernel, Span, Work, get_kernel
+from sp_backend.operations import operations
 from sp_backend.state import AttentionState
 from sp_backend.strategies import plan_for
 from sp_backend.topology import KernelRates, Link, Machine, Rates, Topology
@@ -34,7 +35,7 @@ from sp_backend.transport.gather import gather_bytes
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the file; another number: measured again
+FORMAT = 2  # of the file; another number: measured again
 QUERIES = (1, 16, 64, 256, 1024)
 KEYS = (64, 512, 2048)
 LARGE_BYTES = 2 << 20
@@ -183,19 +184,18 @@ def _measure_rates(
         seconds = timer.seconds(queries, keys, causal)
         return 4 * shape.head_dim * kv_heads * group * pairs / max(seconds - call, seconds / 2)
 
-    state_bytes = 256 * shape.num_heads * (shape.head_dim + 1) * 4
-    state = AttentionState.empty(256, shape.num_heads, shape.head_dim)
-    state.lse.zero_()
-    other = state.merge(state)
+    fold = _merge_seconds(1, shape)
+    merge = max(_merge_seconds(256, shape) - fold, fold / 10)
     source, target = torch.zeros(2, LARGE_BYTES, dtype=torch.uint8)
     x, weight = torch.randn(256, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     big = torch.randn(2048, 2048).to(dtype)
-    message, round_seconds = _measure_overheads(transport, kernel, shape, dtype, topology, call)
+    message, round_seconds = _measure_overheads(transport, kernel, shape, dtype, topology, call, fold)
     return {
         "full": [[rate(q, k, False) for k in KEYS] for q in QUERIES],
         "causal": [rate(q, q, True) for q in QUERIES],
         "call_seconds": call,
-        "merge_bytes": state_bytes / _shortest(lambda: state.merge_(other)),
+        "fold_seconds": fold,
+        "merge_bytes": 255 * shape.num_heads * (shape.head_dim + 1) * 4 / merge,
         "copy_bytes": LARGE_BYTES / _shortest(lambda: target.copy_(source)),
         "dense_flops": 2 * x.numel() * 1024 / _shortest(lambda: x @ weight),
         "memory_bytes": big.nbytes / _shortest(lambda: big[:1] @ big),
@@ -224,8 +224,21 @@ class _KernelTimer:
         return _shortest(self.call(queries, keys, causal), 3)
 
 
+def _merge_seconds(rows: int, shape: ModelShape) -> float:
+    state = AttentionState.empty(rows, shape.num_heads, shape.head_dim)
+    state.lse.zero_()
+    other = state.merge(state)
+    return _shortest(lambda: state.merge_(other))
+
+
 def _measure_overheads(
-    transport: Transport, kernel: Kernel, shape: ModelShape, dtype: torch.dtype, topology: Topology, call: float
+    transport: Transport,
+    kernel: Kernel,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    topology: Topology,
+    call: float,
+    fold: float,
 ) -> tuple[float, float]:
     """Seconds to post a message, and what a round of a plan costs beside its messages and kernel calls."""
     size = transport.size
@@ -254,7 +267,9 @@ def _measure_overheads(
     seconds = _shortest(lambda: executor.run(schedule, q, kv), 2 * REPEATS)
     calls = (executor.counters.kernel_calls - before) / (2 * REPEATS + 1)
     latency = max((link.latency for link in topology.links), default=0.0)
-    rest = seconds - calls * call - (size - 1) * (latency + 2 * message)
+    mine = [ranks[transport.rank] for ranks in operations(plan).rounds]
+    folds = sum(len(ops.folds) + sum(len(p.merges) for c in ops.calls for p in c.parts) for ops in mine)
+    rest = seconds - calls * call - folds * fold - (size - 1) * (latency + 2 * message)
     return message, max(rest / size, 0.1 * seconds / size)
 
 

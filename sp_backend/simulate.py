@@ -263,8 +263,9 @@ class _Engine:
         yield from self._wait(rank, call.needs)
         for p in call.parts:
             name = f"{_names(p.qs[:1])}: {_names(p.kvs)}{'*' if p.causal else ''}"
-            yield self._work("attend", name, self._attend_seconds(p))
-            for q in p.merges:
+            seconds = self._attend_seconds(p)
+            yield self._work("attend", name, seconds)
+            for q in p.merges if seconds else ():
                 yield self._work("merge", _names((q,)), self._merge_seconds(q))
 
     def _fold(self, rank: int, folds: tuple[Fold, ...]) -> Iterator[_Work | _Wait]:
@@ -298,8 +299,9 @@ class _Engine:
         return self._bytes(copy.block) / self._machine.rates.copy_bytes
 
     def _merge_seconds(self, block: Block) -> float:
+        rows, rates = self._geometry.num_rows(block), self._machine.rates
         width = (block.heads[1] - block.heads[0]) * 4 * (self._shape.head_dim + 1)
-        return self._geometry.num_rows(block) * width / self._machine.rates.merge_bytes
+        return rows * width / rates.merge_bytes + rates.fold_seconds if rows else 0.0
 
     def _dense_seconds(self, rank: int) -> float:
         layout, shape, rates = self._plan.layout, self._shape, self._machine.rates

@@ -151,6 +151,7 @@ class Rates:
     merge_bytes: float  # bytes/s of fp32 state (out and lse) merged into another
     copy_bytes: float  # bytes/s of messages that have to be packed
     call_seconds: float  # each kernel call
+    fold_seconds: float  # each merge of a result into a state, however small
     round_seconds: float  # each round of a plan
     message_seconds: float  # each message sent or received
     step_seconds: float  # each forward pass
@@ -159,7 +160,7 @@ class Rates:
     def __post_init__(self) -> None:
         for name in ("dense_flops", "memory_bytes", "merge_bytes", "copy_bytes"):
             _require(getattr(self, name) > 0, f"rates.{name}", getattr(self, name), "above 0")
-        for name in ("call_seconds", "round_seconds", "message_seconds", "step_seconds"):
+        for name in ("call_seconds", "fold_seconds", "round_seconds", "message_seconds", "step_seconds"):
             _require(getattr(self, name) >= 0, f"rates.{name}", getattr(self, name), "seconds, at least 0")
         _require(0 <= self.overlap <= 1, "rates.overlap", self.overlap, "between 0 and 1")
 
@@ -332,6 +333,7 @@ def _gpu_rates(box: _Kind) -> Rates:
         merge_bytes=box.memory_bytes / 3,  # read twice, written once
         copy_bytes=box.memory_bytes / 2,
         call_seconds=8e-6,
+        fold_seconds=4e-6,
         round_seconds=10e-6,
         message_seconds=3e-6,
         step_seconds=1e-3,
@@ -360,6 +362,7 @@ _CPU: Final = Rates(
     merge_bytes=6e9,
     copy_bytes=12e9,
     call_seconds=2e-5,
+    fold_seconds=7e-5,
     round_seconds=4e-5,
     message_seconds=4e-5,
     step_seconds=1e-3,

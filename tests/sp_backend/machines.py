@@ -23,6 +23,7 @@ IDEAL = Rates(
     merge_bytes=1e30,
     copy_bytes=1e30,
     call_seconds=0.0,
+    fold_seconds=0.0,
     round_seconds=0.0,
     message_seconds=0.0,
     step_seconds=0.0,
