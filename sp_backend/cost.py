@@ -160,8 +160,10 @@ class _Links:
         self.of_round: list[NDArray[np.intp]] = []
         self.at_rank: list[_Groups] = []  # messages that a rank sends or receives
         self.shared: list[list[tuple[NDArray[np.intp], NDArray[np.intp]]]] = []  # (resources, their messages) by number
-        for i in range(len(ops.rounds)):
-            mine = [k for k, m in enumerate(ops.messages) if m.round == i]
+        by_round: list[list[int]] = [[] for _ in ops.rounds]
+        for k, m in enumerate(ops.messages):
+            by_round[m.round].append(k)
+        for mine in by_round:
             users: dict[int, list[int]] = defaultdict(list)
             for k in mine:
                 for name in pairs[ops.messages[k].src, ops.messages[k].dst].resources:

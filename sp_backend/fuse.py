@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sp_backend.layout import CAUSAL, FULL, Block
 from sp_backend.plan import Attend
@@ -74,7 +74,7 @@ def _by_keys(attends: Sequence[Attend], start: Callable[[Block], Block | None]) 
         groups.sort(key=lambda group: group[0].kv.heads)
         for i, group in enumerate(groups):
             kv = group[0].kv
-            hull = replace(kv, heads=(calls[-1][0].heads[0], kv.heads[1])) if i else kv
+            hull = kv._replace(heads=(calls[-1][0].heads[0], kv.heads[1])) if i else kv
             if i and calls[-1][0].heads[1] == kv.heads[0] and start(hull) is not None:
                 calls[-1] = hull, [*calls[-1][1], group]
             else:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 Operand = Literal["Q", "KV", "STATE"]
 Q: Final = "Q"
@@ -34,8 +34,7 @@ KINDS: tuple[Kind, ...] = ("zigzag", "contiguous", "heads", "home")
 Heads = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Block:
+class Block(NamedTuple):  # a tuple, as are the instructions: plans have many thousands, compared again and again
     """A part of one operand: a chunk's rows for a range of heads.
 
     heads: half-open range of query heads; a KV block carries the KV heads that they read.

@@ -13,6 +13,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from sp_backend.layout import CAUSAL, EMPTY, KV, STATE, Block, Layout, Mask, Q
 
@@ -21,29 +22,25 @@ class PlanError(ValueError):
     """A plan that cannot be built or is not proven."""
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     block: Block
     src: int
     dst: int
 
 
-@dataclass(frozen=True, slots=True)
-class Attend:
+class Attend(NamedTuple):
     rank: int
     q: Block
     kv: Block
     mask: Mask
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
+class Round(NamedTuple):
     transfers: tuple[Transfer, ...] = ()
     attends: tuple[Attend, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RankRound:
+class RankRound(NamedTuple):
     """One rank's part of a round, in plan order."""
 
     receives: tuple[Transfer, ...]
@@ -152,8 +149,8 @@ class _Renaming:
 
     def block(self, block: Block) -> Block:
         if block.chunk < self.inner.num_new:
-            return replace(block, chunk=self.group * self.inner.num_new + block.chunk)
-        return replace(block, chunk=self.outer.history_of(self.rank(self.inner.owner(block.chunk))))
+            return block._replace(chunk=self.group * self.inner.num_new + block.chunk)
+        return block._replace(chunk=self.outer.history_of(self.rank(self.inner.owner(block.chunk))))
 
 
 def prune(plan: Plan) -> Plan:
@@ -179,7 +176,7 @@ def _drop_unused(plan: Plan) -> Plan:
         for a in r.attends:
             used[a.rank, Q, a.q.chunk].add(a.q)
             used[a.rank, KV, a.kv.chunk].add(a.kv)
-        rounds.append(replace(r, transfers=tuple(live)))
+        rounds.append(r._replace(transfers=tuple(live)))
     return replace(plan, rounds=tuple(reversed(rounds)))
 
 

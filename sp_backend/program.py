@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sp_backend.fuse import Fused, fuse
 from sp_backend.layout import STATE, Block, Heads
 from sp_backend.plan import Plan
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
+class Use(NamedTuple):
     """A block that is read, and the held block that contains it (for a state: itself)."""
 
     block: Block

@@ -38,6 +38,10 @@ class Options:
     cycles: tuple[tuple[int, ...], ...] | None = None  # hamilton: edge-disjoint, each lists all ranks once
     ranks_per_node: int | None = None  # hamilton: paths that use each rank's link to another node once a step
 
+    def __post_init__(self) -> None:
+        if self.cycles is not None:  # lists would not do as a key
+            object.__setattr__(self, "cycles", tuple(map(tuple, self.cycles)))
+
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults, by name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}

@@ -45,7 +45,7 @@ def test_a_block_that_never_arrives(ring: Plan) -> None:
 
 def test_a_block_used_in_the_round_of_its_arrival(ring: Plan) -> None:
     merged = Round(ring.rounds[0].transfers, ring.rounds[0].attends + ring.rounds[1].attends)
-    assert "not held" in errors(replace(ring, rounds=(merged, replace(ring.rounds[1], attends=()), *ring.rounds[2:])))
+    assert "not held" in errors(replace(ring, rounds=(merged, ring.rounds[1]._replace(attends=()), *ring.rounds[2:])))
 
 
 def test_a_pair_that_is_missing_or_seen_twice(ring: Plan) -> None:
@@ -56,7 +56,7 @@ def test_a_pair_that_is_missing_or_seen_twice(ring: Plan) -> None:
 def test_a_wrong_mask(ring: Plan) -> None:
     def unmask(_: list[Any], attends: list[Any]) -> None:
         i = next(i for i, a in enumerate(attends) if a.mask == CAUSAL)
-        attends[i] = replace(attends[i], mask=FULL)
+        attends[i] = attends[i]._replace(mask=FULL)
 
     found = errors(edit(ring, 0, unmask))
     assert "wrong mask" in found and "is not seen once" in found  # by symbols and by counting tokens
@@ -66,7 +66,7 @@ def test_deliveries_twice_or_in_vain(ring: Plan) -> None:
     again = ring.rounds[0].transfers[0]
     assert "already there" in errors(edit(ring, 0, lambda ts, _: ts.append(again)))
     assert "already there" in errors(edit(ring, 1, lambda ts, _: ts.append(again)))
-    half = replace(again, block=replace(again.block, piece=(0, 2)))
+    half = again._replace(block=again.block._replace(piece=(0, 2)))
     assert "already there" in errors(edit(ring, 1, lambda ts, _: ts.append(half)))
     useless = Transfer(Block(Q, 0, (0, 6)), 0, 1)
     assert "delivered in vain" in errors(edit(ring, 0, lambda ts, _: ts.append(useless)))
@@ -78,7 +78,7 @@ def test_states_lost_left_behind_or_sent_empty(token_ring: Plan) -> None:
     assert "state left behind" in found and "missing" in found
     state = next(t for t in token_ring.rounds[last].transfers)
     assert "empty state sent" in errors(edit(token_ring, last, lambda ts, _: ts.append(state)))
-    part = replace(state, block=replace(state.block, heads=(0, 3)))
+    part = state._replace(block=state.block._replace(heads=(0, 3)))
     assert "cut across heads" in errors(edit(token_ring, last, lambda ts, _: ts.__setitem__(0, part)))
 
 
@@ -87,9 +87,9 @@ def test_malformed_instructions(ring: Plan) -> None:
     for transfer, reason in [
         (Transfer(block, 0, 0), "bad link"),
         (Transfer(block, 0, 3), "bad link"),
-        (Transfer(replace(block, chunk=9), 0, 1), "no such chunk"),
-        (Transfer(replace(block, heads=(0, 7)), 0, 1), "no such heads"),
-        (Transfer(replace(block, piece=(2, 2)), 0, 1), "no such piece"),
+        (Transfer(block._replace(chunk=9), 0, 1), "no such chunk"),
+        (Transfer(block._replace(heads=(0, 7)), 0, 1), "no such heads"),
+        (Transfer(block._replace(piece=(2, 2)), 0, 1), "no such piece"),
         (Transfer(Block(Q, 0, (0, 6), (0, 2)), 0, 1), "only KV is cut"),
     ]:
         assert reason in errors(edit(ring, 0, lambda ts, _, t=transfer: ts.append(t)))  # type: ignore[misc]
@@ -101,7 +101,7 @@ def test_pieces_of_a_chunk_may_travel_apart_but_must_all_come() -> None:
 
     def halve(x: Any) -> list[Any]:
         name = "block" if isinstance(x, Transfer) else "kv"
-        return [replace(x, **{name: replace(getattr(x, name), piece=(i, 2))}) for i in range(2)]
+        return [x._replace(**{name: getattr(x, name)._replace(piece=(i, 2))}) for i in range(2)]
 
     def cut(transfers: list[Any], attends: list[Any]) -> None:
         transfers[:] = [h for t in transfers for h in halve(t)]
@@ -163,26 +163,26 @@ class Mutator:
         if isinstance(line, Transfer):
             name = pick(["src", "dst", "block"])
             if name == "block":
-                return replace(line, block=self.block(lay, line.block))
-            return replace(line, **{name: pick(range(lay.num_ranks))})
+                return line._replace(block=self.block(lay, line.block))
+            return line._replace(**{name: pick(range(lay.num_ranks))})
         name = pick(["rank", "mask", "q", "kv"])
         if name == "rank":
-            return replace(line, rank=pick(range(lay.num_ranks)))
+            return line._replace(rank=pick(range(lay.num_ranks)))
         if name == "mask":
-            return replace(line, mask=pick([EMPTY, CAUSAL, FULL]))
-        return replace(line, **{name: self.block(lay, getattr(line, name))})
+            return line._replace(mask=pick([EMPTY, CAUSAL, FULL]))
+        return line._replace(**{name: self.block(lay, getattr(line, name))})
 
     def block(self, lay: Layout, block: Block) -> Block:
         pick, heads = self.random.choice, lay.num_heads
         match pick(["chunk", "heads", "piece", "operand"]):
             case "chunk":
-                return replace(block, chunk=pick(range(lay.num_chunks)))
+                return block._replace(chunk=pick(range(lay.num_chunks)))
             case "heads":
-                return replace(block, heads=pick([(0, heads), (0, heads // 2), (heads // 2, heads), (1, 2)]))
+                return block._replace(heads=pick([(0, heads), (0, heads // 2), (heads // 2, heads), (1, 2)]))
             case "piece":
-                return replace(block, piece=pick([(0, 1), (0, 2), (1, 2), (2, 3)]))
+                return block._replace(piece=pick([(0, 1), (0, 2), (1, 2), (2, 3)]))
             case _:
-                return replace(block, operand=pick([Q, KV, STATE]))
+                return block._replace(operand=pick([Q, KV, STATE]))
 
 
 def plans_to_mutate() -> list[Plan]:
