@@ -206,7 +206,7 @@ class _Clock:
         shape, rates = self._shape, self._rates
         weight_bytes = shape.dense_flops / 2 * shape.itemsize
         tokens = self._work.tokens()
-        dense = tokens * shape.dense_flops / rates.dense_flops + weight_bytes / rates.memory_bytes
+        dense = np.maximum(tokens * shape.dense_flops / rates.dense_flops, weight_bytes / rates.memory_bytes)
         step = (shape.num_layers * self._now + dense).max(0) + rates.step_seconds
         return Times(
             attention,

@@ -309,7 +309,7 @@ class _Engine:
         if layout.kind == "heads":  # all tokens are on all ranks, each with its share of the weights
             tokens /= layout.num_ranks
         weights = shape.dense_flops / 2 * shape.itemsize / rates.memory_bytes
-        return (tokens * shape.dense_flops / rates.dense_flops + weights) / shape.num_layers
+        return max(tokens * shape.dense_flops / rates.dense_flops, weights) / shape.num_layers
 
     def _attend_seconds(self, part: Part) -> float:
         geometry = self._geometry

@@ -147,7 +147,7 @@ class Rates:
 
     kernel: KernelRates
     dense_flops: float  # FLOP/s of everything that is not attention
-    memory_bytes: float  # bytes/s at which weights are read, once a step
+    memory_bytes: float  # bytes/s at which weights are read: the least that a step's dense work takes
     merge_bytes: float  # bytes/s of fp32 state (out and lse) merged into another
     copy_bytes: float  # bytes/s of messages that have to be packed
     call_seconds: float  # each kernel call

@@ -131,7 +131,7 @@ def test_few_tokens_cost_the_reading_of_the_weights() -> None:
     machine = switch(2, replace(IDEAL, memory_bytes=1e12))
     weights = LLAMA_70B.dense_flops / 2 * LLAMA_70B.itemsize
     for variant in ("ring_pass_kv", OFF):
-        assert cost(variant, machine, LLAMA_70B, 2).step_seconds == pytest.approx(weights / 1e12, rel=0.03)
+        assert cost(variant, machine, LLAMA_70B, 2).step_seconds == pytest.approx(weights / 1e12, rel=0.01)
 
 
 def test_prompts_at_home_on_different_ranks_run_beside_each_other() -> None:
