@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--lengths", type=int, nargs="+", default=LENGTHS, help="of --measured: tokens, cached included"
     )
     parser.add_argument("--repeats", type=int, default=5, help="of --measured: of each candidate (default: 5)")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="of --measured: quick candidates take more turns until these passed"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     decision = decision_seconds()
@@ -80,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from benchmarks.planner_ranks import measure_all  # torch and processes, which the simulation does without
 
-        results, about = measure_all(args.ranks, batches(args.lengths), SHAPES["12:4 x 32"], args.repeats, PAGE_SIZE)
+        results, about = measure_all(
+            args.ranks, batches(args.lengths), SHAPES["12:4 x 32"], args.repeats, args.seconds, PAGE_SIZE
+        )
     report(results)
     print(f"a decision takes {decision * 1e6:.0f} us")
     if args.json:

@@ -34,8 +34,7 @@ HIDDEN = 256  # of the dense products: their sizes, not their number, are those 
 KERNEL = "torch_cpu"
 LONG_SECONDS = 2.0  # a candidate that takes this long is not run more often than FEWEST
 FEWEST = 3
-ENOUGH_SECONDS = 5.0  # quick candidates take more turns, until these have passed ...
-MOST = 100  # ... or they have had so many
+MOST = 100  # turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +43,18 @@ class Job:
     batches: list[list[tuple[int, int]]]
     shape: ModelShape
     repeats: int
+    seconds: float  # quick candidates take more turns, until these have passed
     page_size: int
     folder: str
 
 
 def measure_all(
-    num_ranks: int, batches: Sequence[Batch], shape: ModelShape, repeats: int, page_size: int
+    num_ranks: int, batches: Sequence[Batch], shape: ModelShape, repeats: int, seconds: float, page_size: int
 ) -> tuple[list[Result], dict[str, Any]]:
     """Results, and the machine as measured."""
     with tempfile.TemporaryDirectory() as folder:
         shape = replace(shape, itemsize=DTYPE.itemsize)
-        job = Job(num_ranks, [list(batch) for batch in batches], shape, repeats, page_size, folder)
+        job = Job(num_ranks, [list(batch) for batch in batches], shape, repeats, seconds, page_size, folder)
         spawn(_rank, (job,), nprocs=num_ranks)
         return msgspec.json.decode((Path(folder) / "results").read_bytes(), type=tuple[list[Result], dict[str, Any]])
 
@@ -70,7 +70,7 @@ def _rank(rank: int, job: Job) -> None:
     for batch in tqdm(job.batches, desc="Batches", unit="batch", disable=rank > 0):
         choice = planner.choose(batch)
         runs = {str(c.variant): _layer(c, job.shape, transport) for c in planner.rank_candidates(batch)}
-        layer = _medians(runs, job.repeats)
+        layer = _medians(runs, job)
         seconds = {name: job.shape.num_layers * s for name, s in layer.items()}
         named = f"{job.num_ranks} gloo ranks", "float32", batch, str(choice.variant), choice.seconds
         results.append(result(*named, seconds))
@@ -99,10 +99,10 @@ def _layer(candidate: Candidate, shape: ModelShape, transport: GlooTransport) ->
     return run
 
 
-def _medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def _medians(runs: dict[str, Callable[[], object]], job: Job) -> dict[str, float]:
     """Seconds of the slowest rank, the median of several turns; the first turn does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    turn, turns = 0, repeats
+    turn, turns = 0, job.repeats
     while turn <= turns:
         total = 0.0
         for name, run in runs.items():
@@ -117,6 +117,6 @@ def _medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
             if turn or float(slowest) > LONG_SECONDS:
                 times[name].append(float(slowest))
         if turn == 0:
-            turns = max(repeats, min(MOST, round(ENOUGH_SECONDS / total)))
+            turns = max(job.repeats, min(MOST, round(job.seconds / total)))
         turn += 1
     return {name: statistics.median(each) for name, each in times.items()}

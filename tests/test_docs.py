@@ -24,9 +24,10 @@ SMALLER = {"32768": "200", "65536": "3000", "2000": "150", "8000": "250", "64": 
 QUICKER = {  # module -> flags that make it quick
     "benchmarks.prefill": "--lengths 128 --repeats 1",
     "benchmarks.greedy": "--sp-sizes 2 --output-tokens 4 --setups auto sharded_q",
+    "benchmarks.planner": "--repeats 1 --seconds 0",
     "benchmarks.published": "--ranks 2 --tokens 256 --repeats 1",
 }
-WITHOUT_SERVER = {"benchmarks.published"}
+WITHOUT_SERVER = {"benchmarks.planner", "benchmarks.published"}
 
 
 def commands() -> list[str]:
