@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-import msgspec
-
 from sp_backend.comparison import Comparison, Question, parts
-from sp_backend.plan import Plan
+from sp_backend.layout import Block
+from sp_backend.plan import Attend, Plan, Transfer
 from sp_backend.planner import HIDDEN, TIE, Candidate
 
 _MOST_COLUMNS: Final = 200  # of a plan's table, unless all is asked for
@@ -195,7 +194,9 @@ def _plan(plan: Plan) -> dict[str, Any]:
     return {
         "name": plan.name,
         "digest": plan.digest,
-        "rounds": msgspec.to_builtins(plan.rounds),
+        "rounds": [
+            {"transfers": list(map(_named, r.transfers)), "attends": list(map(_named, r.attends))} for r in plan.rounds
+        ],
     }
 
 
@@ -229,3 +230,9 @@ def size(num_bytes: float) -> str:
 
 def _decimals(value: float) -> int:
     return max(0, 2 - max(0, len(str(int(value))) - 1)) if value >= 1 else 3
+
+
+def _named(instruction: Transfer | Attend) -> dict[str, Any]:
+    """An instruction's fields by name, and those of its blocks."""
+    fields = instruction._asdict()
+    return {name: value._asdict() if isinstance(value, Block) else value for name, value in fields.items()}
