@@ -64,16 +64,16 @@ def _describe_bodies(app: FastAPI, *kinds: type[msgspec.Struct]) -> None:
 @router.post("/completions", openapi_extra=_body(CompletionRequest))
 async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
-    service.check_taking_requests()
     body = await read_json(request, CompletionRequest)
+    service.check_taking_requests()  # after the body: a refusal that leaves it unread may reset the connection
     return await _answer(request, await service.jobs.completion(body, _explain(request)), bool(body.stream))
 
 
 @router.post("/chat/completions", openapi_extra=_body(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
-    service.check_taking_requests()
     body = await read_json(request, ChatRequest)
+    service.check_taking_requests()  # after the body: a refusal that leaves it unread may reset the connection
     return await _answer(request, await service.jobs.chat(body, _explain(request)), bool(body.stream))
 
 
