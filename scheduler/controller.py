@@ -60,6 +60,8 @@ class Controller:
         self._step_id = 0
         self._results: list[StepResult] = []  # of the last step
         self._busy_seconds = [0.0] * backend.world_size
+        self._idle_seconds = [0.0] * backend.world_size
+        self._had_nothing_to_do = True
         self._plans: dict[str, PlanStats] = {}
         self._last_choice: LastChoice | None = None
         self._log = StepLog(config.decode_log_interval, clock())
@@ -145,6 +147,7 @@ class Controller:
             planned = self.batcher.next_step()
             if planned is not None:
                 self._execute(planned)
+            self._had_nothing_to_do = planned is None
             return planned is not None
         return False
 
@@ -193,6 +196,8 @@ class Controller:
         self._results = results
         for result in results:
             self._busy_seconds[result.rank] += result.seconds
+            if not self._had_nothing_to_do:
+                self._idle_seconds[result.rank] += result.idle_seconds
         seconds = self._clock() - began
         if planned.kind == "prefill":
             self.batcher.prefill_time.observe(planned.tokens, planned.pairs, seconds)
@@ -280,6 +285,7 @@ class Controller:
             bytes_sent=result.bytes_sent if result else 0,
             wait_seconds=result.wait_seconds if result else 0.0,
             busy_seconds=self._busy_seconds[rank],
+            idle_seconds=self._idle_seconds[rank],
         )
 
     def _log_step(self, planned: PlannedStep, num_sampled: int) -> None:

@@ -25,6 +25,7 @@ class RankStats:
     bytes_sent: int = 0
     wait_seconds: float = 0.0
     busy_seconds: float = 0.0
+    idle_seconds: float = 0.0  # without a step while there were requests
 
 
 @dataclass(slots=True)

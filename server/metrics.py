@@ -147,6 +147,7 @@ class _SchedulerCollector(Collector):
             (_rank_counter("bytes_sent", "Bytes sent by attention plans", labels), "bytes_sent"),
             (_rank_counter("wait_seconds", "Time blocked on other ranks", labels), "wait_seconds"),
             (_rank_counter("busy_seconds", "Time inside steps", labels), "busy_seconds"),
+            (_rank_counter("idle_seconds", "Time between steps while there were requests", labels), "idle_seconds"),
         ]
         for family, field in families:
             for rank in stats.per_rank:

@@ -118,6 +118,7 @@ class StepResult(msgspec.Struct, frozen=True, tag=True):
     query_key_pairs: int  # total visible (query, key, head-fraction) pairs attended: for one layer
     bytes_sent: int  # total, by plans
     wait_seconds: float  # total, blocked on transfers
+    idle_seconds: float = 0.0  # between the previous answer and this step's command
 
 
 class Failure(msgspec.Struct, frozen=True, tag=True):

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 
+import msgspec
 import torch
 import torch.distributed as dist
 import zmq
@@ -206,10 +207,12 @@ def serve(worker: Worker, socket: zmq.Socket[bytes]) -> None:
     gc.freeze()  # a full collection over torch's own objects would stop a step for 100 ms
     socket.send(encode(worker.ready()))
     while True:
+        answered = time.monotonic()
         command = decode_command(socket.recv())
+        idle = time.monotonic() - answered
         if isinstance(command, Shutdown):
             return
-        socket.send(encode(worker.step(command)))
+        socket.send(encode(msgspec.structs.replace(worker.step(command), idle_seconds=idle)))
 
 
 def main() -> int:

@@ -137,6 +137,7 @@ class FakeClient:
             bytes_sent=64,
             wait_seconds=0.25,
             busy_seconds=1.5,
+            idle_seconds=0.125,
         )
 
     def healthy(self) -> str | None:

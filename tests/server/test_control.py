@@ -80,6 +80,7 @@ def test_metrics() -> None:
         assert found[f"sp:rank_bytes_sent_total{{{rank}}}"] == 64
         assert found[f"sp:rank_wait_seconds_total{{{rank}}}"] == 0.25
         assert found[f"sp:rank_busy_seconds_total{{{rank}}}"] == 1.5
+        assert found[f"sp:rank_idle_seconds_total{{{rank}}}"] == 0.125
         plan = f'{label},plan="ring_pass_q"'
         assert found[f"sp:plan_num_steps_total{{{plan}}}"] == 2
         assert found[f"sp:plan_predicted_seconds_total{{{plan}}}"] == 1.0
