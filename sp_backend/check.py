@@ -2,8 +2,8 @@
 
 Proven: operands are on a rank when used; every visible (query chunk, KV chunk, slice, head) is folded exactly
 once into the state that ends where the layout wants it, under the right mask; nothing is delivered twice or
-in vain; no state is left behind. A ragged sample, expanded to token positions, is counted pair by pair as
-well.
+in vain; no state is left behind; keys that every rank has to keep come to it. A ragged sample, expanded to token
+positions, is counted pair by pair as well.
 
 Deadlock: a transfer names both its ends and both ends post in plan order, so links match. A rank posts a
 round's receives before anything that can block, and what it then waits for was posted in this round or an
@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from math import lcm
 
 import numpy as np
@@ -87,7 +88,8 @@ def check(plan: Plan) -> Report:
         replay.errors += _coverage(plan.layout, block, folds)
         replay.errors += sample.count(block, folds)
     replay.errors += [f"state left behind: q{c} on rank {r}" for (r, c), folds in replay.slots.items() if folds]
-    unused = [key for key in replay.arrived if key not in replay.last_use]
+    replay.errors += _kept(replay)
+    unused = [(r, b) for r, b in replay.arrived if (r, b) not in replay.last_use and not plan.layout.keeps(b)]
     replay.errors += [f"delivered in vain: {block} to rank {rank}" for rank, block in unused]
     replay.errors += rendezvous(plan)
     loads = tuple(Counter((t.src, t.dst) for t in r.transfers) for r in plan.rounds)
@@ -229,6 +231,17 @@ def _coverage(layout: Layout, state: Block, folds: list[_Fold]) -> Iterator[str]
             yield f"{state}: head {h} of kv{c}, slice {s}/{slices}, {wrong}"
 
 
+def _kept(replay: _Replay) -> Iterator[str]:
+    """Where every rank has to keep all new keys: that all of them are there. Nothing is there twice."""
+    layout = replay.layout
+    for rank in range(layout.num_ranks):
+        for chunk in range(layout.num_new if layout.history == "copies" else 0):
+            blocks = replay.held[rank, KV, chunk]
+            share = sum(Fraction(b.heads[1] - b.heads[0], layout.num_heads * b.piece[1]) for b in blocks)
+            if share != 1:
+                yield f"kv{chunk} is not kept: rank {rank} ends with {share} of it"
+
+
 class _Sample:
     """Ragged sequences laid out by the layout's own cut, to count (query token, key token) pairs."""
 
@@ -254,7 +267,7 @@ class _Sample:
             chunks = np.split(new, cuts[:-1])
         if lay.history != "none":
             owners = first + (old // page_size + index) % size
-            chunks += [old[owners == r] for r in range(lay.num_ranks)]
+            chunks += [old if lay.history == "copies" else old[owners == r] for r in range(lay.num_ranks)]
         return chunks
 
     def count(self, state: Block, folds: list[_Fold]) -> Iterator[str]:
@@ -270,6 +283,10 @@ class _Sample:
                 continue
             ends = np.cumsum([len(c) for c in chunks]).tolist()
             want = k <= q[:, None] if self.layout.causal else np.ones((len(q), len(k)), bool)
+            if self.layout.history == "copies":  # those of other ranks are of the same tokens
+                own = self.layout.history_of(self.layout.owner(state.chunk))
+                for c in range(self.layout.num_new, self.layout.num_chunks):
+                    want[:, ends[c] - len(chunks[c]) : ends[c]] &= c == own
             for lo, hi in zip(cuts, cuts[1:], strict=False):
                 seen = np.zeros((len(q), len(k)), int)
                 for f in of_head[lo]:

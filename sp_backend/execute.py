@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +34,9 @@ class Counters:
     wait_seconds: float = 0.0
     query_key_pairs: float = 0.0
     kernel_calls: int = 0
+
+
+Keep = Callable[[Block, Tensor], None]
 
 
 class Executor:
@@ -76,14 +79,17 @@ class Executor:
     def schedule(self, geometry: Geometry, window: int | None = None) -> Schedule:
         return self._builder.build(geometry, window)
 
-    def run(self, schedule: Schedule, q: Mapping[int, Tensor], kv: Mapping[int, Tensor]) -> dict[int, AttentionState]:
+    def run(
+        self, schedule: Schedule, q: Mapping[int, Tensor], kv: Mapping[int, Tensor], keep: Keep | None = None
+    ) -> dict[int, AttentionState]:
         """The state of every query chunk that ends on this rank.
 
         q: chunk -> [rows, heads, head_dim]; kv: chunk -> [rows, 2, kv_heads, head_dim], both in the model's
         dtype, a chunk's rows being its sequences', one after the other. Empty chunks may be absent. In layout
         heads, q has this rank's heads only. Neither may be written to before this returns.
+        keep: is shown every KV block that came, once, as rows like those of kv; it has to copy them.
         """
-        run = Run(self, schedule, q, kv)
+        run = Run(self, schedule, q, kv, keep)
         for i in range(len(schedule.rounds)):
             run.post(i)
             run.attend(i)
@@ -119,9 +125,14 @@ class Run:
     """One layer on one rank: post(0), attend(0), post(1), ..., then finish(). In lockstep the ranks take turns."""
 
     def __init__(
-        self, executor: Executor, schedule: Schedule, q: Mapping[int, Tensor], kv: Mapping[int, Tensor]
+        self,
+        executor: Executor,
+        schedule: Schedule,
+        q: Mapping[int, Tensor],
+        kv: Mapping[int, Tensor],
+        keep: Keep | None = None,
     ) -> None:
-        self._executor, self._schedule = executor, schedule
+        self._executor, self._schedule, self._keep = executor, schedule, keep
         self._held: dict[Block, Tensor] = {}
         for block in executor.program.start:
             tensor = (q if block.operand == Q else kv).get(block.chunk)
@@ -157,14 +168,14 @@ class Run:
         for arriving in self._usable:
             self._fold_arrived(arriving)
         for block in r.dead:
-            if (arrival := self._arrivals.pop(block, None)) is not None:
-                del self._held[block]
-                self._release(arrival)
+            self._drop(block)
         self._settle(self._sent)
 
     def finish(self) -> dict[int, AttentionState]:
         for arriving in self._arriving:
             self._fold_arrived(arriving)
+        for block in list(self._arrivals):  # came to be kept alone
+            self._drop(block)
         self._settle(self._sending)
         counters = self._executor.counters
         counters.query_key_pairs += self._schedule.query_key_pairs
@@ -294,6 +305,15 @@ class Run:
         else:
             state.out.zero_()
             state.lse.fill_(-torch.inf)
+
+    def _drop(self, block: Block) -> None:
+        """Give up a received block, if it came at all."""
+        if (arrival := self._arrivals.pop(block, None)) is not None:
+            tensor = self._held.pop(block)
+            if self._keep is not None and block.operand == KV:
+                self._wait(arrival)
+                self._keep(block, tensor)
+            self._release(arrival)
 
     def _release(self, arrival: _Arrival) -> None:
         """One of a message's blocks will not be read again."""

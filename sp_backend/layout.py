@@ -6,6 +6,8 @@ New tokens are cut into chunks. Each rank's cached tokens form one more, its his
     heads       P chunks as contiguous, but every rank holds Q (and must end with the state) of all chunks for
                 its own group of heads; KV chunk c lies on rank c, or with redundant_kv on every rank
     home        P chunks, chunk r holds whole sequences that live on rank r
+With history "copies" every rank holds all cached tokens, of which its queries see its own copy, and must end with the
+keys and values of all new ones: for engines whose KV cache is the same on every rank.
 Of a degree d < P, groups of d neighbouring ranks share no sequence: group g's chunks follow those of group g-1, and
 are cut as those of a layout of d ranks.
 Chunks are named by index, never by length: one plan serves every ragged batch, empty chunks included.
@@ -28,7 +30,7 @@ CAUSAL: Final = "causal"
 FULL: Final = "full"
 
 Kind = Literal["zigzag", "contiguous", "heads", "home"]
-History = Literal["all", "own", "none"]
+History = Literal["all", "own", "none", "copies"]
 KINDS: tuple[Kind, ...] = ("zigzag", "contiguous", "heads", "home")
 
 Heads = tuple[int, int]
@@ -72,7 +74,8 @@ class Layout:
     num_heads: int
     num_kv_heads: int
     causal: bool = True
-    history: History = "all"  # whose queries see a rank's cached tokens: all, those of its own group, or none exist
+    # whose queries see a rank's cached tokens: all, those of its own group, none exist, or its own as all have a copy
+    history: History = "all"
     redundant_kv: bool = False  # heads only: KV of new tokens is on every rank from the start
     degree: int | None = None  # ranks of a group; None: all, or in layout home with history "own" just one
 
@@ -89,6 +92,8 @@ class Layout:
                 f"layout heads: {self.num_heads} query heads cannot be divided over {self.num_ranks} ranks; "
                 f"sizes that fit: {', '.join(map(str, fit))}"
             )
+        if self.history == "copies" and (self.kind not in ("zigzag", "contiguous") or self.degree is not None):
+            raise ValueError(f"history 'copies' needs layout zigzag or contiguous over all ranks, not {self.kind}")
         if self.redundant_kv and self.kind != "heads":
             raise ValueError(f"redundant_kv needs layout heads, not {self.kind}")
         if self.degree is not None and (self.degree < 1 or self.num_ranks % self.degree):
@@ -185,8 +190,14 @@ class Layout:
         """The rank on which each state must end."""
         return [(Block(STATE, c, self.heads_of(r)), r) for r in range(self.num_ranks) for c in self.q_of(r)]
 
+    def keeps(self, block: Block) -> bool:
+        """Whether a block that comes to a rank has to stay there."""
+        return self.history == "copies" and block.operand == KV and block.chunk < self.num_new
+
     def mask(self, q: int, kv: int) -> Mask:
         """What queries of chunk q see of the keys of chunk kv."""
+        if kv >= self.num_new and self.history == "copies":
+            return FULL if self.owner(kv) == self.owner(q) else EMPTY
         if kv >= self.num_new:
             return FULL if self.history == "all" or self.group_of(kv) == self.group_of(q) else EMPTY
         if q == kv:

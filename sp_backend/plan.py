@@ -153,6 +153,23 @@ class _Renaming:
         return block._replace(chunk=self.outer.history_of(self.rank(self.inner.owner(block.chunk))))
 
 
+def complete(plan: Plan) -> Plan:
+    """Add what a strategy leaves undelivered of the keys that every rank has to keep.
+
+    In round t, from the second one on, rank r sends its own to rank r+t: never on a link that Q takes down a ring.
+    """
+    layout, ranks, rounds = plan.layout, plan.layout.num_ranks, list(plan.rounds)
+    if layout.history != "copies":
+        return plan
+    arriving = {(t.dst, t.block.chunk) for r in rounds for t in r.transfers if layout.keeps(t.block)}
+    rounds += [Round()] * (ranks - len(rounds))
+    for step in range(1, ranks):
+        links = ((r, (r + step) % ranks, c) for r in range(ranks) for c in layout.kv_of(r) if c < layout.num_new)
+        missing = [Transfer(Block(KV, c, layout.all_heads), r, to) for r, to, c in links if (to, c) not in arriving]
+        rounds[step] = rounds[step]._replace(transfers=(*rounds[step].transfers, *missing))
+    return replace(plan, rounds=tuple(rounds))
+
+
 def prune(plan: Plan) -> Plan:
     """Drop transfers that nobody uses, states that nobody computed, and rounds left empty.
 
@@ -169,7 +186,9 @@ def _drop_unused(plan: Plan) -> Plan:
         live = [
             t
             for t in r.transfers
-            if t.block.operand == STATE or any(t.block.holds(b) for b in used[t.dst, t.block.operand, t.block.chunk])
+            if t.block.operand == STATE
+            or plan.layout.keeps(t.block)
+            or any(t.block.holds(b) for b in used[t.dst, t.block.operand, t.block.chunk])
         ]
         for t in live:
             used[t.src, t.block.operand, t.block.chunk].add(t.block)

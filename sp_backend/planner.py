@@ -76,6 +76,8 @@ def lay_out(layout: Layout, batch: Batch, page_size: int = 1, dense_pairs: float
                 chunks = list(layout.cut_pages(new, page_size, group))
             if layout.history != "none":
                 shares = [cached * (r + 1) // size - cached * r // size for r in range(size)]
+                if layout.history == "copies":
+                    shares = [cached] * size
                 before, after = group * size, (groups - 1 - group) * size
                 chunks += [0] * before + shares + [0] * after
             rows[i] = chunks

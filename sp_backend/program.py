@@ -60,7 +60,7 @@ class ProgramRound:
     receives: tuple[Incoming, ...]
     sends: tuple[Outgoing, ...]
     calls: tuple[Call, ...]
-    dead: tuple[Block, ...]  # received blocks not read after this round
+    dead: tuple[Block, ...]  # received blocks not read after this round; those never read are in none
 
 
 @dataclass(frozen=True, slots=True)

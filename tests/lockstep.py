@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sp_backend.execute import Executor, Run
+from sp_backend.execute import Executor, Keep, Run
 from sp_backend.geometry import Geometry, Positions
 from sp_backend.kernels import Kernel, get_kernel
-from sp_backend.layout import Layout
+from sp_backend.layout import Block, Layout
 from sp_backend.plan import Plan
 from sp_backend.transport.lockstep import LockstepNetwork
 from sp_backend.transport.recording import RecordingTransport
@@ -64,7 +64,7 @@ class Batch:
             chunks = np.split(new, np.cumsum(lay.cut_pages(s.new, page_size, group))[:-1])
         if lay.history != "none":
             owners = group * size + (old // page_size * 7 + index) % 5 % size
-            chunks += [old[owners == r] for r in range(lay.num_ranks)]
+            chunks += [old if lay.history == "copies" else old[owners == r] for r in range(lay.num_ranks)]
         return chunks
 
     def q_of(self, rank: int) -> dict[int, Tensor]:
@@ -117,6 +117,7 @@ class LockstepResult:
     outs: list[Tensor]
     links: list[dict[tuple[int, int], int]]  # per round: (src, dst) -> bytes
     executors: list[Executor]
+    kept: list[dict[Block, Tensor]]  # by rank: what came and was shown to be kept, in the last layer
 
 
 def run_lockstep(
@@ -137,8 +138,10 @@ def run_lockstep(
     ]
     schedules = [e.schedule(batch.geometry, window) for e in executors]
     for _ in range(layers):
+        kept: list[dict[Block, Tensor]] = [{} for _ in executors]
         runs = [
-            Run(e, s, batch.q_of(r), batch.kv_of(r)) for r, (e, s) in enumerate(zip(executors, schedules, strict=True))
+            Run(e, s, batch.q_of(r), batch.kv_of(r), _keeper(kept[r]))
+            for r, (e, s) in enumerate(zip(executors, schedules, strict=True))
         ]
         links = []
         for i in range(len(plan.rounds)):
@@ -151,7 +154,15 @@ def run_lockstep(
             links.append({link: n for wire in wires for link, n in wire.bytes.items()})
         states = [run.finish() for run in runs]
     network.assert_idle()
-    return LockstepResult(batch.gather([{c: s.out for c, s in by.items()} for by in states]), links, executors)
+    return LockstepResult(batch.gather([{c: s.out for c, s in by.items()} for by in states]), links, executors, kept)
+
+
+def _keeper(kept: dict[Block, Tensor]) -> Keep:
+    def keep(block: Block, kv: Tensor) -> None:
+        assert block not in kept, f"{block} is shown twice"
+        kept[block] = kv.clone()
+
+    return keep
 
 
 def error(outs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sp_backend.check import check
 from sp_backend.layout import History, Kind, Layout
-from sp_backend.plan import Plan, PlanError, prune, replicate
+from sp_backend.plan import Plan, PlanError, complete, prune, replicate
 from sp_backend.strategies import (
     all_gather_kv,
     decode,
@@ -119,10 +119,12 @@ def plan_for(
     causal: bool = True,
     redundant_kv: bool = False,
     kind: Kind | None = None,
+    copies: bool = False,
 ) -> Plan:
     """Build, prune and prove a strategy's plan, once for the same arguments.
 
     variant: a strategy's name stands for its defaults. kind: None is the first layout of the strategy.
+    copies: every rank has all cached tokens and keeps all new ones (history "copies" of Layout).
     Raises ValueError for sizes and options that do not fit it.
     """
     if isinstance(variant, str):
@@ -131,7 +133,8 @@ def plan_for(
     kind = kind or row.kinds[0]
     if kind not in row.kinds:
         raise ValueError(f"strategy {variant.strategy} works on layouts {', '.join(row.kinds)}, not {kind}")
-    return _plan(variant, Layout(num_ranks, kind, num_heads, num_kv_heads, causal, row.history, redundant_kv))
+    history: History = "copies" if copies else row.history
+    return _plan(variant, Layout(num_ranks, kind, num_heads, num_kv_heads, causal, history, redundant_kv))
 
 
 @lru_cache(maxsize=1024)
@@ -140,7 +143,7 @@ def _plan(variant: Variant, layout: Layout) -> Plan:
     row = STRATEGIES[variant.strategy]
     options = {name: getattr(variant.options, name) for name in row.takes}
     if variant.degree is None or variant.degree == layout.group_size:
-        plan = row.build(layout, **options)
+        plan = complete(row.build(layout, **options))
     else:
         groups = replace(layout, history="own", degree=variant.degree)  # refuses a degree that does not fit
         plan = replicate(row.build(replace(layout, num_ranks=variant.degree), **options), groups)

@@ -9,7 +9,7 @@ import pytest
 
 from sp_backend.check import check, rendezvous
 from sp_backend.layout import CAUSAL, EMPTY, FULL, KV, STATE, Block, Layout, Q
-from sp_backend.plan import Plan, Round, Transfer
+from sp_backend.plan import Plan, PlanError, Round, Transfer
 from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
 from tests.lockstep import Batch, Request, error, run_lockstep
 
@@ -212,3 +212,20 @@ def test_every_mutant_that_is_proven_is_correct() -> None:
         batch = Batch(mutant.layout, [Request(11, 9), Request(3, home=1), Request(5, 4, home=3)], head_dim=4)
         assert error(run_lockstep(mutant, batch).outs, batch.expected()) < 1e-5, mutant.table()
     assert killed > 2500 and survived > 500  # reordered, split or rerouted without harm
+
+
+def test_keys_that_are_not_kept_are_an_error() -> None:
+    plan = plan_for("token_ring", num_ranks=3, num_heads=4, num_kv_heads=2, copies=True)
+    assert not check(plan).errors
+    copies = [t for r in plan.rounds for t in r.transfers if t.block.operand == KV]
+    assert len(copies) == 3 * 4  # every rank gets the two chunks of each other one
+    for lost in copies:
+        rounds = tuple(r._replace(transfers=tuple(t for t in r.transfers if t != lost)) for r in plan.rounds)
+        assert check(replace(plan, rounds=rounds)).errors == (
+            f"kv{lost.block.chunk} is not kept: rank {lost.dst} ends with 0 of it",
+        )
+
+
+def test_a_strategy_that_moves_a_part_of_the_heads_cannot_keep_copies() -> None:
+    with pytest.raises(PlanError, match="is not kept"):
+        plan_for("ulysses", num_ranks=2, num_heads=4, num_kv_heads=2, copies=True)

@@ -11,7 +11,7 @@ from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry, predicted_bytes, query_key_pairs
 from sp_backend.kernels import Attention, Work, get_kernel
 from sp_backend.kernels.reference import kernel as reference
-from sp_backend.layout import Block, Kind, Layout
+from sp_backend.layout import KV, Block, Kind, Layout
 from sp_backend.plan import Plan, prune
 from sp_backend.program import compile_rank
 from sp_backend.state import AttentionState
@@ -33,6 +33,15 @@ CASES = [
     for kind in strategy.kinds
     for redundant in ((False, True) if kind == "heads" else (False,))
 ]
+COPYING = {
+    "ring_pass_kv",
+    "ring_pass_kv_up",
+    "ring_pass_kv_both",
+    "ring_pass_q",
+    "token_ring",
+    "all_gather_kv",
+    "hamilton",
+}
 NAMES = [f"{n}-{k}{'-redundant' * r}" for n, k, r in CASES]
 
 
@@ -67,6 +76,29 @@ def test_without_a_causal_mask_every_query_sees_every_key(name: str, kind: str, 
     for plan in plans(name, kind, redundant, [2, 3], causal=False):
         batch = Batch(plan.layout, RAGGED)
         assert error(run_lockstep(plan, batch, kernel=get_kernel("torch_cpu")).outs, batch.expected()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("name", sorted(COPYING))
+def test_with_copies_every_rank_is_shown_every_new_key_once(name: str, kind: str) -> None:
+    for ranks in (2, 3, 4):
+        plan = plan_for(name, num_ranks=ranks, num_heads=8, num_kv_heads=2, kind=kind, copies=True)  # type: ignore[arg-type]
+        batch = Batch(plan.layout, RAGGED)
+        result = run_lockstep(plan, batch, layers=2)
+        assert error(result.outs, batch.expected()) < 1e-5
+        assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
+        held = {c: kv for rank in range(ranks) for c, kv in batch.kv_of(rank).items() if kv.numel()}
+        for rank, kept in enumerate(result.kept):
+            others = {c for c in range(plan.layout.num_new) if c in held and plan.layout.owner(c) != rank}
+            assert {block.chunk for block in kept} == others
+            for chunk in others:
+                blocks = {b: kv for b, kv in kept.items() if b.chunk == chunk}
+                assert sum(len(kv) for kv in blocks.values()) == len(held[chunk])
+                for block, kv in blocks.items():
+                    spans = zip(
+                        batch.geometry.spans(Block(KV, chunk, (0, 8))), batch.geometry.ranges(block), strict=True
+                    )
+                    assert kv.equal(torch.cat([held[chunk][at + lo : at + hi] for (at, _), (lo, hi) in spans]))
 
 
 def test_many_packed_segments_under_a_full_mask() -> None:
