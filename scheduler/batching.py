@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal
+
+import numpy as np
 
 from scheduler.config import SchedulerConfig
 from scheduler.placement import Placement
@@ -23,7 +25,7 @@ from scheduler.prefill import PrefillLanes
 from scheduler.prefill_time import PrefillTime
 from scheduler.request import FinishReason, GeneratedToken, GenerateRequest, Output, StepReport
 from scheduler.sequence import Chunk, Sequence
-from sp_backend.commands import SampledToken
+from sp_backend.commands import SampledToken, StepResult
 from sp_backend.config import BackendConfig
 
 StepKind = Literal["prefill", "decode"]
@@ -77,7 +79,8 @@ class Batcher:
         self.lanes = PrefillLanes(config, self.placement, self._plans, self.prefill_time)
         self.running: list[Sequence] = []
         self.counters = Counters()
-        self.max_length = min(backend.context_length, self.placement.capacity)
+        room = self.placement.capacity_in_place if self.placement.whole_prompts else self.placement.capacity
+        self.max_length = min(backend.context_length, room)
         self._live: dict[str, Sequence] = {}  # waiting ones included
         self._released: list[int] = []  # workers still keep page tables for these
         self._num_arrived = 0
@@ -85,7 +88,7 @@ class Batcher:
         self._last_turn = -1  # id of the last stream of the previous decode step, when they take turns
 
     def add(self, request: GenerateRequest) -> None:
-        assert len(request.prompt) < self.max_length, "refused when submitted"
+        assert len(request.prompt) + min(request.max_tokens, 1) <= self.max_length, "refused when submitted"
         assert request.request_id not in self._live, "request ids are unique among live requests"
         sequence = Sequence(
             id=self._num_arrived,
@@ -143,11 +146,21 @@ class Batcher:
             if chunk.sequence.request.explain:
                 self._report(step, chunk, seconds)
             if chunk.samples:
+                if chunk.sequence.request.pooling is not None:
+                    outputs.append(self._embedded(chunk.sequence))
+                    continue
                 if step.kind == "prefill":
                     self.lanes.remove(chunk.sequence)
                     self.running.append(chunk.sequence)
                 outputs.append(self._advance(chunk.sequence, sampled[chunk.sequence.id]))
         return outputs
+
+    def pool(self, step: PlannedStep, results: Iterable[StepResult]) -> None:
+        """Adds up what the ranks tell of embeddings; called before complete()."""
+        sequences = {chunk.sequence.id: chunk.sequence for chunk in step.chunks}
+        for result in results:
+            for part in result.pooled:
+                sequences[part.request_id].pooled += np.frombuffer(part.states, "<f4").astype(np.float64)
 
     def _report(self, step: PlannedStep, chunk: Chunk, seconds: float) -> None:
         choice = next(choice for choice in step.choices if choice.plan == chunk.plan)
@@ -210,6 +223,14 @@ class Batcher:
             return self._finish(sequence, FinishReason.LENGTH, tokens=[token])
         steps = sequence.take_reports()
         return Output(request.request_id, [token], cached_tokens=sequence.cached_tokens, steps=steps)
+
+    def _embedded(self, sequence: Sequence) -> Output:
+        """The end of a sequence whose prompt is all that is computed."""
+        self.counters.prompt_tokens += sequence.num_prompt
+        self.counters.cached_tokens += sequence.cached_tokens
+        num_states = sequence.num_prompt if sequence.request.pooling == "mean" else 1
+        embedding = np.asarray(sequence.pooled / num_states, np.float32)
+        return replace(self._finish(sequence, FinishReason.STOP), embedding=embedding)
 
     def _finish(
         self,

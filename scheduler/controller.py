@@ -203,6 +203,7 @@ class Controller:
             self.batcher.prefill_time.observe(planned.tokens, planned.pairs, seconds)
         self._count(planned, seconds)
         sampled = {token.request_id: token for result in results for token in result.tokens}
+        self.batcher.pool(planned, results)
         outputs = self.batcher.complete(planned, sampled, seconds)
         self._emit(outputs)
         self._log_step(planned, len(outputs))
@@ -249,8 +250,12 @@ class Controller:
     def _validate(self, request: GenerateRequest) -> None:
         if not request.prompt:
             raise ValueError("the prompt is empty")
-        if request.max_tokens < 1:
+        if request.pooling is not None and request.max_tokens != 0:
+            raise ValueError(f"max_tokens must be 0 for an embedding, not {request.max_tokens}")
+        if request.pooling is None and request.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {request.max_tokens}")
+        if request.pooling is None and not self._backend.causal:
+            raise ValueError("under a full mask there is no next token: only embeddings can be made")
         num_prompt, context = len(request.prompt), self._backend.context_length
         if num_prompt + request.max_tokens > context:
             raise RequestTooLong(
@@ -259,8 +264,8 @@ class Controller:
                 f"{num_prompt} prompt tokens and {request.max_tokens} tokens to generate exceed the context "
                 f"length of {context} tokens",
             )
-        if num_prompt >= self.batcher.max_length:
-            fits = self.batcher.max_length - 1
+        fits = self.batcher.max_length - (request.pooling is None)  # room for a token to be generated
+        if num_prompt > fits:
             message = f"the prompt has {num_prompt} tokens; at most {fits} fit in the KV cache"
             raise RequestTooLong(num_prompt, fits, message)
 

@@ -29,7 +29,8 @@ class Placement:
         self.pool = PagePool(backend.sp_size, pages_per_rank)
         self.cache = PrefixCache(self.pool, backend.page_size)
         self._plans = plans
-        self._prefix_cache = prefix_cache
+        self.whole_prompts = not backend.causal  # never cut: every token sees those after it
+        self._prefix_cache = prefix_cache and backend.causal
         self.all_ranks = range(backend.sp_size)
         self.num_home = [0] * backend.sp_size  # live sequences that are at home on each rank alone
 
@@ -38,10 +39,26 @@ class Placement:
         """Tokens that fit when nothing else is live."""
         return self.pool.num_pages * self.page_size
 
+    @property
+    def capacity_in_place(self) -> int:
+        """Tokens of the longest prompt that fits where the layout puts its pages, as do all shorter ones, when nothing
+        else is live. The layout gives a rank up to one page more than others.
+        """
+        layout = self._layout(self.all_ranks)
+        for num_pages in range(self.pool.num_pages - self.num_ranks + 1, self.pool.num_pages + 1):
+            ranks = layout.page_ranks(num_pages * self.page_size, self.page_size)
+            if max(map(ranks.count, self.all_ranks)) > self.pool.pages_per_rank:
+                return (num_pages - 1) * self.page_size
+        return self.capacity
+
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
     # Admission
+
+    def reads_cache(self, sequence: Sequence) -> bool:
+        """Whether cached pages may stand for its tokens: a mean needs the last layer's states of all tokens."""
+        return self._prefix_cache and sequence.request.pooling != "mean"
 
     def find_prefix(self, sequence: Sequence) -> list[Node]:
         """The longest cached prefix. The last token is never matched: it must be computed to sample the next.
@@ -49,7 +66,7 @@ class Placement:
         Of equal ones the least busy rank's. A short prompt ignores a rank that is much busier than another: it would
         rather compute a prefix again, once, than decode next to everyone else who shares it.
         """
-        if not self._prefix_cache:
+        if not self.reads_cache(sequence):
             return []
         most = (len(sequence.tokens) - 1) // self.page_size
         short = self._plans.is_short(len(sequence.tokens))
@@ -114,12 +131,18 @@ class Placement:
     # Pages
 
     def place(self, sequence: Sequence, num_new: int) -> Chunk | None:
-        """The next chunk of a prompt, with its pages: `num_new` tokens, or fewer where room is short; None: no room."""
+        """The next chunk of a prompt, with its pages: `num_new` tokens, or fewer where room is short and the prompt may
+        be cut; None: no room.
+        """
         assert sequence.num_computed == len(sequence.pages) * self.page_size, "prompts are cut between pages"
         home = sequence.home
-        if 1 < len(home) < self.num_ranks and not sequence.lies_on(home):
+        fits = self.has_room_as_intended(sequence, num_new)
+        if 1 < len(home) < self.num_ranks and ((self.whole_prompts and not fits) or not sequence.lies_on(home)):
             home = sequence.home = self.all_ranks
-        if self.has_room_as_intended(sequence, num_new):
+            fits = self.has_room_as_intended(sequence, num_new)
+        if not fits and self.whole_prompts:
+            return None
+        if fits:
             plan = self._plan_at(sequence, home) if len(home) == 1 else None
             return self._chunk(sequence, num_new, home, plan, self._intended_ranks(sequence, num_new))
         rank = self._roomiest()
@@ -179,9 +202,11 @@ class Placement:
         home = sequence.home
         if len(home) == 1:
             return (home.start,) * self.pages_for(num_new)
-        # a group cuts a sequence as a layout of so many ranks would; the number of heads plays no part in it
-        layout = Layout(len(home), "heads" if self.heads else "zigzag", len(home), 1)
-        return tuple(home[r] for r in layout.page_ranks(num_new, self.page_size))
+        return tuple(home[r] for r in self._layout(home).page_ranks(num_new, self.page_size))
+
+    def _layout(self, home: range) -> Layout:
+        """A group cuts a sequence as a layout of so many ranks would; the number of heads plays no part in it."""
+        return Layout(len(home), "heads" if self.heads else "zigzag", len(home), 1)
 
     def _chunk(self, sequence: Sequence, num_new: int, home: range, plan: str | None, ranks: tuple[int, ...]) -> Chunk:
         self._add_pages(sequence, ranks)

@@ -159,7 +159,7 @@ class PrefillLanes:
             if not self._may_start(lane, sequence, draft, limits):
                 return
             path = self._placement.find_prefix(sequence)
-            if self._config.prefix_cache and draft.computes(sequence, len(path)):
+            if self._placement.reads_cache(sequence) and draft.computes(sequence, len(path)):
                 if lane is self.long:
                     return
                 continue  # cheaper a step later
@@ -210,7 +210,12 @@ class PrefillLanes:
         return chunk.samples or len(chunk.home) == 1
 
     def _cut(self, sequence: Sequence, draft: Draft, limits: Limits) -> int:
-        """Length of the next chunk: whole pages, except at the end of the prompt."""
+        """Length of the next chunk: whole pages, except at the end of the prompt. A prompt that may not be cut runs
+        beside others where the limit allows it, or alone.
+        """
+        if self._placement.whole_prompts:
+            fits = draft.num_tokens + sequence.num_remaining <= limits.tokens
+            return sequence.num_remaining if fits or not draft.chunks else 0
         ps, remaining, home = self._placement.page_size, sequence.num_remaining, sequence.home
         granule = len(home)  # then every rank gets as many pages
         room = min(remaining, limits.tokens - draft.num_tokens)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field, replace
 
-from sp_backend.commands import Sampling, TokenLogprob
+import numpy as np
+from numpy.typing import NDArray
+
+from sp_backend.commands import Pooling, Sampling, TokenLogprob
 
 
 class Refused(Exception):
@@ -36,7 +39,7 @@ class RequestTooLong(Refused):
 
 
 class FinishReason(enum.Enum):
-    STOP = "stop"  # an end-of-sequence or stop token, or a stop string (found by the server)
+    STOP = "stop"  # an end-of-sequence or stop token, a stop string (found by the server), or an embedding is made
     LENGTH = "length"  # max_tokens or the context length reached
     ABORT = "abort"  # the client went away or asked for it
     ERROR = "error"  # the controller or a worker failed
@@ -44,15 +47,16 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sequence to complete. `n` completions of one prompt are n of these."""
+    """One sequence to complete, or to embed. `n` completions of one prompt are n of these."""
 
     request_id: str
     prompt: list[int]
-    max_tokens: int
+    max_tokens: int  # 0 with `pooling`
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids included unless ignore_eos
     min_tokens: int = 0  # no stop token before that many
     explain: bool = False  # its outputs tell the steps that it ran in
+    pooling: Pooling | None = None  # the answer is one output with an embedding, pooled so
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +105,4 @@ class Output:
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     error: str | None = None  # with FinishReason.ERROR
     steps: list[StepReport] = field(default_factory=list)  # since the previous output, of a request with `explain`
+    embedding: NDArray[np.float32] | None = None  # [hidden_size], not normalised; of a request with `pooling`

@@ -5,6 +5,9 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from scheduler.prefix_cache import Node
 from scheduler.request import GenerateRequest, StepReport
 
@@ -34,6 +37,7 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt, found at the first admission
     was_admitted: bool = False
     reports: list[StepReport] = field(default_factory=list)  # of steps that no output has told yet
+    pooled: NDArray[np.float64] | float = 0.0  # sum of the states of its embedding's tokens so far
 
     @property
     def num_prompt(self) -> int:
@@ -64,6 +68,7 @@ class Sequence:
     def forget_pages(self) -> None:
         """Back to the state before admission."""
         self.num_computed = self.num_sent = self.num_cached = 0
+        self.pooled = 0.0
         self.home = NOWHERE
         self.owners = bytearray()
         self.pages, self.pages_on = [], []

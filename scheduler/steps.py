@@ -36,7 +36,10 @@ def _parts(chunk: Chunk, placement: Placement) -> list[SequenceStep]:
     pages = _pages_by_rank(sequence, num_ranks) if owners else [b""] * num_ranks
     tokens = _tokens_by_rank(chunk, placement)
     last_page = (chunk.start + chunk.num_new - 1) // placement.page_size
-    sampling = sampling_of(sequence) if chunk.samples else None
+    pooling = sequence.request.pooling
+    sampling = sampling_of(sequence) if chunk.samples and pooling is None else None
+    if pooling == "last" and not chunk.samples:
+        pooling = None
     drawn_on = range(num_ranks) if placement.heads else (sequence.owners[last_page],)
     return [
         SequenceStep(
@@ -49,6 +52,7 @@ def _parts(chunk: Chunk, placement: Placement) -> list[SequenceStep]:
             pages[rank],
             tokens[rank],
             sampling if rank in drawn_on else None,
+            pooling,
         )
         for rank in range(num_ranks)
     ]

@@ -33,6 +33,12 @@ class GroupRows:
     history_chunk: int
     history: Rows  # cache rows of this rank's history, sequence by sequence
 
+    def rows_of(self, i: int, chunk: int) -> slice:
+        """The rows of the i-th sequence in a query chunk of this rank."""
+        counts = [rows[chunk] for rows in self.geometry.rows[: i + 1]]
+        stop = self.q_rows[chunk].start + sum(counts)
+        return slice(stop - counts[-1], stop)
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
@@ -45,12 +51,21 @@ class SampleRow:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledRows:
+    """Hidden states that are summed for an embedding."""
+
+    request_id: int
+    rows: list[slice]
+
+
+@dataclass(frozen=True, slots=True)
 class LocalBatch:
     tokens: torch.Tensor  # [n] int64
     positions: torch.Tensor  # [n] int64
     kv_rows: slice  # hidden states whose keys and values this rank projects
     groups: list[GroupRows]
     samples: list[SampleRow]
+    pooled: list[PooledRows]
 
 
 class BatchBuilder:
@@ -77,12 +92,14 @@ class BatchBuilder:
             self._tables.pop(request_id, None)
         groups: list[GroupRows] = []
         samples: list[SampleRow] = []
+        pooled: list[PooledRows] = []
         tokens, positions = [NO_INTS], [NO_INTS]
         num_rows = 0
         for group in step.groups:
             laid, group_tokens, group_positions = self._lay_out(group, num_rows)
             groups.append(laid)
             samples += self._samples(group, laid)
+            pooled += self._pooled(group, laid)
             tokens += group_tokens
             positions += group_positions
             num_rows += sum(map(len, group_tokens))
@@ -92,6 +109,7 @@ class BatchBuilder:
             kv_rows=self._projected(groups, num_rows),
             groups=groups,
             samples=samples,
+            pooled=pooled,
         )
 
     def _lay_out(self, group: Group, first_row: int) -> tuple[GroupRows, list[Ints], list[Ints]]:
@@ -189,13 +207,32 @@ class BatchBuilder:
         for i, sequence in enumerate(group.sequences):
             if sequence.sampling is None:
                 continue
-            rows = laid.geometry.rows
-            chunk = max(c for c in range(self._layouts[group.plan].num_new) if rows[i][c])
+            chunk = self._last_chunk(group, laid, i)
             if chunk in laid.q_rows:
-                row = laid.q_rows[chunk].start + sum(rows[j][chunk] for j in range(i + 1)) - 1
+                row = laid.rows_of(i, chunk).stop - 1
                 position = sequence.start + sequence.num_new
                 found.append(SampleRow(sequence.request_id, row, position, sequence.sampling))
         return found
+
+    def _pooled(self, group: Group, laid: GroupRows) -> list[PooledRows]:
+        """What this rank adds to embeddings: nothing, where it has none of a sequence's rows."""
+        found = []
+        for i, sequence in enumerate(group.sequences):
+            if sequence.pooling is None:
+                continue
+            if sequence.pooling == "mean":
+                rows = [laid.rows_of(i, chunk) for chunk in laid.q_rows]
+            else:
+                chunk = self._last_chunk(group, laid, i)
+                last = [laid.rows_of(i, chunk)] if chunk in laid.q_rows else []
+                rows = [slice(part.stop - 1, part.stop) for part in last]
+            if any(part.start < part.stop for part in rows):
+                found.append(PooledRows(sequence.request_id, rows))
+        return found
+
+    def _last_chunk(self, group: Group, laid: GroupRows, i: int) -> int:
+        """The chunk that holds the last new token of the i-th sequence."""
+        return max(c for c in range(self._layouts[group.plan].num_new) if laid.geometry.rows[i][c])
 
     def _tensor(self, values: Ints) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)

@@ -43,6 +43,7 @@ def planner_for(config: BackendConfig, model: ModelConfig, machine: Machine | No
         shape_of(config, model),
         config.sp_size,
         kind="zigzag",
+        causal=config.causal,
         page_size=config.page_size,
         candidates=None if config.strategy == AUTO else [Variant(config.strategy, config.options)],
     )
@@ -58,6 +59,7 @@ def plans_for(config: BackendConfig, model: ModelConfig, planner: Planner | None
         num_ranks=config.sp_size,
         num_heads=model.num_heads // config.tp_size,
         num_kv_heads=model.num_kv_heads // config.tp_size,
+        causal=config.causal,
     )
     plans = {str(variant): build(variant, redundant_kv=config.redundant_kv) for variant in spread if variant != OFF}
     return plans | {"decode": build("decode", kind=kind), "local": build(OFF)}

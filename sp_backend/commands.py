@@ -7,10 +7,14 @@ travel as little-endian int32 bytes, page owners as one byte a page.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from sp_backend.config import BackendConfig
 from sp_backend.topology import Machine
+
+Pooling = Literal["last", "mean"]  # of the hidden states of a prompt's last token, or of all its tokens
 
 
 class WorkerStart(msgspec.Struct, frozen=True):
@@ -53,6 +57,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     pages: bytes  # this rank's: indices of those of them that it owns (int32), in order
     tokens: bytes  # this rank's: ids of the new tokens it computes (int32), in position order
     sampling: Sampling | None = None  # set on ranks that hold the last new token: sample the one that follows it
+    pooling: Pooling | None = None  # an embedding is made of these new tokens (of the last one, or of all of them)
 
 
 class Group(msgspec.Struct, frozen=True, array_like=True):
@@ -89,6 +94,13 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     top: list[TokenLogprob] = []
 
 
+class PooledStates(msgspec.Struct, frozen=True, array_like=True):
+    """The sum of one rank's final hidden states of an embedding's tokens in this step."""
+
+    request_id: int
+    states: bytes  # hidden_size float32, little-endian
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     """How far a worker is with its weights."""
 
@@ -118,6 +130,7 @@ class StepResult(msgspec.Struct, frozen=True, tag=True):
     query_key_pairs: int  # total visible (query, key, head-fraction) pairs attended: for one layer
     bytes_sent: int  # total, by plans
     wait_seconds: float  # total, blocked on transfers
+    pooled: list[PooledStates] = []  # of this rank's rows; the sums of all ranks add up
     idle_seconds: float = 0.0  # between the previous answer and this step's command
 
 

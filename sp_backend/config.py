@@ -28,6 +28,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     options: Options = Options()  # of that strategy
     overlap: bool = True  # attend while blocks travel
     topology: str | None = None  # a file or preset with links and rates; None: measured at start
+    causal: bool = True  # False: every token sees all others, as in bidirectional embedding models
     redundant_kv: bool = False  # layout heads: every rank computes K/V of all new tokens
     kernel: str = "torch_cpu"
     page_size: int = 64

@@ -26,6 +26,7 @@ from sp_backend.catalog import planner_for, plans_for, shape_of
 from sp_backend.commands import (
     Failure,
     Loading,
+    PooledStates,
     Ready,
     SampledToken,
     Shutdown,
@@ -169,6 +170,7 @@ class Worker:
             query_key_pairs=round(sum(c.query_key_pairs for c in counters) / self.decoder.config.num_layers),
             bytes_sent=sum(c.bytes_sent for c in counters),
             wait_seconds=sum(c.wait_seconds for c in counters),
+            pooled=self._pool(batch, hidden),
         )
 
     def _sample(self, batch: LocalBatch, hidden: torch.Tensor) -> list[SampledToken]:
@@ -182,6 +184,15 @@ class Worker:
         return [
             SampledToken(row.request_id, drawn.token, drawn.logprob, drawn.top)
             for row, drawn in zip(batch.samples, samples, strict=True)
+        ]
+
+    def _pool(self, batch: LocalBatch, hidden: torch.Tensor) -> list[PooledStates]:
+        """Ranks that share a vocabulary have the same hidden states: the first of them answers."""
+        if self._shard.group_rank != 0:
+            return []
+        return [
+            PooledStates(part.request_id, self.decoder.pooled(hidden, part.rows).numpy(force=True).tobytes())
+            for part in batch.pooled
         ]
 
     def _page_budget(self, model: ModelConfig, dtype: torch.dtype) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
@@ -81,9 +82,13 @@ def make_checkpoint(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
     seed: int = 0,
+    head: bool = True,
     **fields: Any,
 ) -> Path:
-    """Writes config, weights, tokenizer and chat template; `fields` override those of config.json."""
+    """Writes config, weights, tokenizer and chat template; `fields` override those of config.json.
+
+    head: False saves the inner model, as embedding models are: other architecture, names without "model.".
+    """
     kind = FAMILIES[family]
     tokenizer = _train_tokenizer()
     end, turn = tokenizer.token_to_id(END), tokenizer.token_to_id(TURN)
@@ -104,7 +109,8 @@ def make_checkpoint(
     config = kind.config(**(values | kind.fields | fields))
     model = AutoModelForCausalLM.from_config(config)
     _randomize(model, seed)
-    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    saved = model if head else model.base_model
+    saved.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=START, eos_token=END, chat_template=CHAT_TEMPLATE
     ).save_pretrained(folder, save_jinja_files=kind.jinja_file)
@@ -115,6 +121,17 @@ def oracle_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
     """fp32 logits [tokens, vocab] of eager attention in fp32."""
     with torch.inference_mode():
         return _oracle(folder)(torch.tensor([tokens])).logits[0].float()
+
+
+def oracle_states(folder: Path, tokens: list[int], causal: bool = True) -> torch.Tensor:
+    """fp32 final hidden states [tokens, hidden], normed; causal False: every token sees all others."""
+    model = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+    mask = None if causal else torch.zeros(1, 1, len(tokens), len(tokens))
+    with torch.inference_mode():
+        states: torch.Tensor = model(torch.tensor([tokens]), attention_mask=mask).last_hidden_state[0]
+    return states
 
 
 def oracle_greedy(folder: Path, tokens: list[int], num_tokens: int) -> list[int]:

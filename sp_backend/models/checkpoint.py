@@ -1,20 +1,34 @@
 """Reads slices of tensors from a Hugging Face folder: one safetensors file or several with an index.
 
-Files are memory-mapped, so a rank touches only the bytes that it keeps.
+Files are memory-mapped, so a rank touches only the bytes that it keeps. Embedding models are often saved without the
+head, from the inner model: their tensors then lack the prefix "model.". Pure: no torch until a tensor is read.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
+PREFIX = "model."
+
+
+def is_bare(folder: str | Path) -> bool:
+    """Whether the tensors lack the prefix. False where the weights cannot be read: loading them tells why."""
+    try:
+        index = _read_index(Path(folder))
+        names = set(index or _open(Path(folder) / SINGLE, "np").keys())
+    except ValueError:
+        return False
+    return "embed_tokens.weight" in names
 
 
 class Checkpoint:
@@ -24,9 +38,11 @@ class Checkpoint:
         self._folder = Path(folder)
         self._index = _read_index(self._folder)  # tensor -> file name; None: all in SINGLE
         self._open: dict[str, Any] = {}
+        self._bare = is_bare(folder)
 
     def read(self, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> Tensor:
         """`slices` of the tensor `name`, in the file's dtype; the whole of it must have `shape`."""
+        name = name.removeprefix(PREFIX) if self._bare else name
         file = self._file_of(name)
         try:
             stored = self._handle(file).get_slice(name)
@@ -53,14 +69,17 @@ class Checkpoint:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
-            path = self._folder / file
-            if not path.is_file():
-                raise ValueError(f"{path}: weight file is missing")
-            try:
-                self._open[file] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
+            self._open[file] = _open(self._folder / file, "pt")
         return self._open[file]
+
+
+def _open(path: Path, framework: str) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path}: weight file is missing")
+    try:
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sp_backend.config import DTYPES, LAYOUTS
+from sp_backend.models.checkpoint import is_bare
 from sp_backend.models.fields import Fields
 from sp_backend.models.rope_config import Rope, read_rope
 
@@ -30,6 +31,10 @@ FAMILIES = {
 }
 
 
+HEAD, NO_HEAD = "ForCausalLM", "Model"  # how the architecture with a language model head is named, and that without
+FAMILIES |= {name.replace(HEAD, NO_HEAD): family for name, family in FAMILIES.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     architecture: str  # a key of FAMILIES
@@ -51,6 +56,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     eos_ids: tuple[int, ...]
     dtype: str  # of the checkpoint, one of DTYPES
+    causal: bool = True  # False: made for a full mask, as bidirectional embedding models are
+    has_head: bool = True  # False: it can embed, not generate
 
     @property
     def layer_parameters(self) -> int:
@@ -60,7 +67,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        embeddings = self.vocab_size * self.hidden_size * (2 if self.has_head and not self.tie_word_embeddings else 1)
         return self.num_layers * self.layer_parameters + embeddings
 
     @classmethod
@@ -84,6 +91,7 @@ class ModelConfig:
             max_positions = max(max_positions, round(rope.original_max_positions * rope.factor))
         num_heads, num_kv_heads, head_dim = _heads(fields, family)
         bias = fields.flag("attention_bias", False)
+        tied = fields.flag("tie_word_embeddings", False)
         return cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
@@ -101,9 +109,12 @@ class ModelConfig:
             o_bias=bias if family.o_bias is None else family.o_bias,
             mlp_bias=family.model_type == "llama" and fields.flag("mlp_bias", False),
             qk_norm=family.qk_norm,
-            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            tie_word_embeddings=tied,
             eos_ids=_eos_ids(folder, fields),
             dtype=_dtype(fields),
+            causal=fields.flag("is_causal", True) and not fields.flag("use_bidirectional_attention", False),
+            # some files name the architecture with a head and have none
+            has_head=architecture.endswith(HEAD) and (tied or not is_bare(folder)),
         )
 
 

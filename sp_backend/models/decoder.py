@@ -7,7 +7,7 @@ blocks of rows, so that memory beyond q, kv, attention output and hidden states 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -59,7 +59,9 @@ class Decoder:
         self._embedding = parameters.join(EMBEDDING)
         self._layers = [parameters.layer(config, index) for index in range(config.num_layers)]
         self._final_norm = parameters.join(FINAL_NORM)
-        self._head = self._embedding if config.tie_word_embeddings else parameters.join(LM_HEAD)
+        self._head = self._embedding  # of a model without a head: never used
+        if config.has_head and not config.tie_word_embeddings:
+            self._head = parameters.join(LM_HEAD)
         self._parameters = parameters.by_name
         self._vocab = shard.split(config.vocab_size)
         self._vocab_sizes = shard.split_sizes(config.vocab_size)
@@ -93,8 +95,19 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [m, vocab] in fp32 of hidden states [m, hidden] from `forward`."""
+        assert self.config.has_head, "only embeddings are made with a model that has no head"
         normed = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
         return self._collectives.gather_last(F.linear(normed, self._head).float(), self._vocab_sizes)
+
+    @torch.inference_mode()
+    def pooled(self, hidden: Tensor, rows: Sequence[slice]) -> Tensor:
+        """The sum [hidden] in fp32 of some rows of the hidden states [n, hidden] from `forward`, normed."""
+        total = hidden.new_zeros(hidden.shape[-1], dtype=torch.float64)
+        for part in rows:
+            for block in _blocks(part.stop - part.start):
+                normed = rms_norm(hidden[part][block], self._final_norm, self.config.rms_norm_eps)
+                total += normed.sum(0, dtype=torch.float64)
+        return total.float()
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Each rank looks up the tokens of its part of the vocabulary."""

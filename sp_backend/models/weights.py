@@ -44,7 +44,7 @@ def tensor_specs(config: ModelConfig, shard: Shard) -> Iterator[TensorSpec]:
     for layer in range(config.num_layers):
         yield from _layer_specs(config, shard, f"model.layers.{layer}.")
     yield TensorSpec(FINAL_NORM, (config.hidden_size,), (whole,))
-    if not config.tie_word_embeddings:
+    if config.has_head and not config.tie_word_embeddings:
         yield TensorSpec(LM_HEAD, embedding_shape, (vocab, whole))
 
 

@@ -16,7 +16,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.plans import StepPlanner
 from scheduler.request import GenerateRequest, Output
-from sp_backend.commands import Sampling, Step, StepResult
+from sp_backend.commands import Pooling, Sampling, Step, StepResult
 from sp_backend.config import BackendConfig
 from sp_backend.kernels import Attention, get_kernel
 from sp_backend.state import AttentionState
@@ -105,6 +105,17 @@ class Engine:
             pass
         assert self.controller.healthy() is None, self.controller.healthy()
         return [[t.token for output in self._outputs[name] for t in output.tokens] for name in names]
+
+    def embed(self, prompts: list[list[int]], pooling: Pooling) -> list[Output]:
+        """The last output of each."""
+        names = [f"request-{self._num_requests + i}" for i in range(len(prompts))]
+        self._num_requests += len(prompts)
+        for name, prompt in zip(names, prompts, strict=True):
+            self.controller.submit(GenerateRequest(name, prompt, 0, pooling=pooling))
+        while self.controller.step():
+            pass
+        assert self.controller.healthy() is None, self.controller.healthy()
+        return [self._outputs[name][-1] for name in names]
 
     def cached_tokens(self, number: int) -> int:
         return self._outputs[f"request-{number}"][-1].cached_tokens

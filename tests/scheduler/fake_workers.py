@@ -2,7 +2,7 @@
 
 They keep the token id of every (rank, page, slot) and derive the next token from a request's whole visible history as
 they find it there: a wrong prefix hit, a page written while shared, a lost or swapped page changes tokens or trips an
-assertion. Time is simulated.
+assertion. The "hidden state" of a token is (its id, 1), so that a mean tells which tokens it is of. Time is simulated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sp_backend.commands import Group, SampledToken, SequenceStep, Step, StepResult, decode_command, encode
+from sp_backend.commands import (
+    Group,
+    PooledStates,
+    SampledToken,
+    SequenceStep,
+    Step,
+    StepResult,
+    decode_command,
+    encode,
+)
 from sp_backend.config import BackendConfig
 from sp_backend.layout import History, Kind, Layout
 
@@ -84,16 +93,24 @@ class FakeWorkers:
             del self._tables[request_id]
         assert all(step.release == steps[0].release for step in steps)
         sampled: list[SampledToken] = []
+        pooled: list[list[PooledStates]] = [[] for _ in steps]
         tokens, pairs = np.zeros(self.config.sp_size), np.zeros(self.config.sp_size)
         assert self.config.layout == "tokens" or len(steps[0].groups) == 1
         for parts in zip(*(step.groups for step in steps), strict=True):
             for sequences in zip(*(group.sequences for group in parts), strict=True):
                 sampled += self._run(parts[0], sequences)
+                self._pool(sequences, pooled)
                 self._count_work(sequences[0], tokens, pairs)
         seconds = self._seconds(tokens.max(), pairs.max())
         self.clock.now += seconds
         self._results = [
-            self._result(steps[0].step_id, rank, sampled if rank == 0 else [], seconds)
+            self._result(
+                steps[0].step_id,
+                rank,
+                sampled if rank == 0 else [],
+                seconds,
+                pooled[rank] if rank < self.config.sp_size else [],  # other TP ranks have the same states
+            )
             for rank in range(self.config.world_size)
         ]
 
@@ -130,8 +147,20 @@ class FakeWorkers:
             assert not sampling.context
         return [SampledToken(first.request_id, next_token(history, sampling.banned, sampling.seed))]
 
+    def _pool(self, parts: tuple[SequenceStep, ...], pooled: list[list[PooledStates]]) -> None:
+        """What each rank tells of an embedding's tokens that it computed."""
+        for rank, part in enumerate(parts[:1] if self.config.layout == "heads" else parts):
+            ids = np.frombuffer(part.tokens, "<i4")
+            if part.pooling == "last":
+                holds_last = self.config.layout == "heads" or self._tables[part.request_id].owners[-1] == rank
+                ids = ids[-1:] if holds_last else ids[:0]
+            if part.pooling is not None and len(ids):
+                states = np.array([ids.sum(), len(ids)], "<f4")
+                pooled[rank].append(PooledStates(part.request_id, states.tobytes()))
+
     def _check_plan(self, plan: str, part: SequenceStep, table: Table) -> None:
         ps, heads = self.config.page_size, self.config.layout == "heads" and self.config.sp_size > 1
+        assert self.config.causal or part.start == 0, "under a full mask nothing is cached, and nothing is cut"
         new_owners = table.owners[part.start // ps :]
         if part.degree > 1:
             layout = self._layout(part.degree)
@@ -174,5 +203,7 @@ class FakeWorkers:
         tokens[ranks] += part.num_new / part.degree
         pairs[ranks] += part.num_new * (part.start + part.num_new / 2) / part.degree
 
-    def _result(self, step_id: int, rank: int, tokens: list[SampledToken], seconds: float) -> StepResult:
-        return StepResult(step_id, rank, tokens, seconds, 0, 0, 0.0)
+    def _result(
+        self, step_id: int, rank: int, tokens: list[SampledToken], seconds: float, pooled: list[PooledStates]
+    ) -> StepResult:
+        return StepResult(step_id, rank, tokens, seconds, 0, 0, 0.0, pooled)

@@ -1,0 +1,119 @@
+"""Embeddings equal those of transformers: each mask, pooling, strategy, family and number of ranks.
+
+The whole path below HTTP is real, as in test_against_transformers.py. For the full mask the oracle gets an explicit
+mask of zeros. Inputs are ragged, several share a step, and some are shorter than the threshold.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scheduler.config import SchedulerConfig
+from sp_backend.commands import Pooling
+from sp_backend.config import BackendConfig
+from sp_backend.models.config import ModelConfig
+from sp_backend.strategies import STRATEGIES
+from tests.checkpoints import make_checkpoint, oracle_states
+from tests.e2e.rank_workers import Engine
+
+PAGE, CHUNK, THRESHOLD = 8, 64, 24
+STRATEGIES_OF_TOKENS = [name for name, row in STRATEGIES.items() if row.layout == "tokens"]
+
+random = np.random.default_rng(0)
+LENGTHS = [101, 3, 57, 24, 200, 1, 64]
+INPUTS = [[int(t) for t in random.integers(0, 500, n)] for n in LENGTHS]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@lru_cache
+def checkpoint(folder: Path, family: str, head: bool = False) -> Path:
+    fields = {"sliding_window": None} if family == "mistral" else {}
+    return make_checkpoint(folder / f"{family}-{head}", family, head=head, **fields)
+
+
+@lru_cache
+def expected(model: Path, causal: bool) -> dict[Pooling, list[np.ndarray]]:
+    states = [oracle_states(model, tokens, causal) for tokens in INPUTS]
+    return {"last": [s[-1].numpy() for s in states], "mean": [s.mean(0).numpy() for s in states]}
+
+
+def engine(model: Path, causal: bool, sp: int, strategy: str, tp: int = 1) -> Engine:
+    config = BackendConfig(
+        model_path=str(model),
+        dtype="float32",
+        page_size=PAGE,
+        num_pages=80,
+        context_length=1024,
+        causal=causal,
+        tp_size=tp,
+        sp_size=sp,
+        layout="heads" if strategy == "sharded_q" else "tokens",
+        strategy=strategy,
+    )
+    return Engine(config, SchedulerConfig(chunked_prefill_size=CHUNK, sp_threshold=THRESHOLD))
+
+
+def check(it: Engine, model: Path, causal: bool, pooling: Pooling) -> None:
+    for output, want in zip(it.embed(INPUTS, pooling), expected(model, causal)[pooling], strict=True):
+        got = output.embedding
+        assert got is not None and got.shape == want.shape
+        assert np.abs(got - want).max() <= 1e-4
+        cosine = got @ want / np.linalg.norm(got) / np.linalg.norm(want)
+        assert cosine >= 1 - 1e-6
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("sp", [2, 3, 4])
+@pytest.mark.parametrize("strategy", [*STRATEGIES_OF_TOKENS, "sharded_q"])
+def test_every_strategy(folder: Path, strategy: str, sp: int, causal: bool) -> None:
+    model = checkpoint(folder, "qwen3")
+    it = engine(model, causal, sp, strategy)
+    for pooling in ("mean", "last"):
+        check(it, model, causal, pooling)
+    assert it.controller.stats().plans.keys() >= {strategy}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "mistral"])
+@pytest.mark.parametrize(("tp", "sp", "strategy"), [(1, 1, "ring_pass_kv"), (2, 2, "token_ring"), (2, 2, "sharded_q")])
+def test_every_family(folder: Path, family: str, tp: int, sp: int, strategy: str, causal: bool) -> None:
+    model = checkpoint(folder, family)
+    it = engine(model, causal, sp, strategy, tp)
+    for pooling in ("mean", "last"):
+        check(it, model, causal, pooling)
+
+
+def test_a_model_with_its_head_embeds_beside_generation(folder: Path) -> None:
+    """The same hidden states; a prefix that generation cached serves the last token and not the mean."""
+    model = checkpoint(folder, "qwen3", head=True)
+    it = engine(model, True, 2, "ring_pass_kv")
+    it.complete(INPUTS, 3)
+    check(it, model, True, "last")
+    check(it, model, True, "mean")
+    assert [o.cached_tokens for o in it.embed(INPUTS[:1], "last")] == [96]
+    assert [o.cached_tokens for o in it.embed(INPUTS[:1], "mean")] == [0]
+
+
+def test_masks_differ(folder: Path) -> None:
+    """So that the comparison above could fail."""
+    model = checkpoint(folder, "qwen3")
+    full, causal = expected(model, False), expected(model, True)
+    assert all(
+        np.abs(a - b).max() > 0.1 for a, b, n in zip(full["mean"], causal["mean"], LENGTHS, strict=True) if n > 1
+    )
+
+
+def test_the_oracle_agrees_with_is_causal_of_a_config(folder: Path) -> None:
+    model = make_checkpoint(folder / "bidirectional", "qwen3", head=False, is_causal=False)
+    assert torch.allclose(oracle_states(model, INPUTS[0], causal=True), oracle_states(model, INPUTS[0], causal=False))
+    config = ModelConfig.load(model)
+    assert (config.architecture, config.causal, config.has_head) == ("Qwen3Model", False, False)
