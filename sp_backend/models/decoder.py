@@ -17,11 +17,12 @@ from torch import Tensor
 
 from sp_backend.models.config import ModelConfig
 from sp_backend.models.layers import inverse_frequencies, rms_norm, rope_cos_sin, rotate
+from sp_backend.models.linear import Linear
 from sp_backend.models.parameters import LayerWeights, Parameters
-from sp_backend.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD, Progress, fill_dummy, load_weights, tensor_specs
+from sp_backend.models.weights import EMBEDDING, FINAL_NORM, Progress, fill_dummy, load_weights, tensor_specs
 from sp_backend.parallel import Collectives, Shard
 
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 512  # their widest activations stay in the cache
 
 
 class Attention(Protocol):
@@ -57,12 +58,12 @@ class Decoder:
         self._specs = list(tensor_specs(config, shard))
         parameters = Parameters.allocate(self._specs, dtype, device)
         self._embedding = parameters.join(EMBEDDING)
-        self._layers = [parameters.layer(config, index) for index in range(config.num_layers)]
+        kv_apart = shard.layout == "heads"  # its ranks may share out the rows of keys
+        self._layers = [parameters.layer(config, index, kv_apart) for index in range(config.num_layers)]
         self._final_norm = parameters.join(FINAL_NORM)
-        self._head = self._embedding  # of a model without a head: never used
-        if config.has_head and not config.tie_word_embeddings:
-            self._head = parameters.join(LM_HEAD)
-        self._parameters = parameters.by_name
+        self._head = parameters.head(config) if config.has_head else None
+        self._parameters = parameters
+        self._weight_bytes = parameters.nbytes
         self._vocab = shard.split(config.vocab_size)
         self._vocab_sizes = shard.split_sizes(config.vocab_size)
         inv_freq, self._rope_scale = inverse_frequencies(config.rope, config.head_dim)
@@ -70,15 +71,18 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self._parameters.values())
+        return self._weight_bytes
 
     def load(self, folder: str | Path, progress: Progress | None = None) -> int:
-        """Reads this rank's part of the folder's weights; returns the bytes read."""
-        return load_weights(self._parameters, self._specs, folder, progress)
+        """Reads this rank's part of the folder's weights, once; returns the bytes read."""
+        num_bytes = load_weights(self._parameters.by_name, self._specs, folder, progress)
+        self._parameters.pack()
+        return num_bytes
 
     def fill_dummy(self, seed: int = 0) -> None:
         """Random weights, the same model however it is split over ranks."""
-        fill_dummy(self._parameters, self._specs, seed)
+        fill_dummy(self._parameters.by_name, self._specs, seed)
+        self._parameters.pack()
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
@@ -95,9 +99,9 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [m, vocab] in fp32 of hidden states [m, hidden] from `forward`."""
-        assert self.config.has_head, "only embeddings are made with a model that has no head"
+        assert self._head is not None, "only embeddings are made with a model that has no head"
         normed = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
-        return self._collectives.gather_last(F.linear(normed, self._head).float(), self._vocab_sizes)
+        return self._collectives.gather_last(self._head(normed).float(), self._vocab_sizes)
 
     @torch.inference_mode()
     def pooled(self, hidden: Tensor, rows: Sequence[slice]) -> Tensor:
@@ -130,12 +134,11 @@ class Decoder:
             x = rms_norm(hidden[rows], layer.input_norm, self.config.rms_norm_eps)
             lo = max(rows.start, first)
             hi = max(lo, min(rows.stop, last))
-            if (lo, hi) == (rows.start, rows.stop):
-                q_part, kv_part = F.linear(x, layer.qkv, layer.qkv_bias).tensor_split([num_q], dim=-1)
+            if layer.kv is None:
+                assert (lo, hi) == (rows.start, rows.stop), "one matrix projects queries and keys of the same rows"
+                q_part, kv_part = layer.qkv(x).tensor_split([num_q], dim=-1)
             else:
-                q_bias, kv_bias = (None, None) if layer.qkv_bias is None else layer.qkv_bias.tensor_split([num_q])
-                q_part = F.linear(x, layer.qkv[:num_q], q_bias)
-                kv_part = F.linear(x[lo - rows.start : hi - rows.start], layer.qkv[num_q:], kv_bias)
+                q_part, kv_part = layer.qkv(x), layer.kv(x[lo - rows.start : hi - rows.start])
             q[rows] = self._rotated(q_part.view(-1, self.num_heads, head_dim), layer.q_norm, cos[rows], sin[rows])
             k_part, v_part = kv_part.view(-1, 2, self.num_kv_heads, head_dim).unbind(1)
             kv[lo - first : hi - first, 0] = self._rotated(k_part, layer.k_norm, cos[lo:hi], sin[lo:hi])
@@ -149,16 +152,16 @@ class Decoder:
 
     def _finish_layer(self, layer: LayerWeights, hidden: Tensor, attended: Tensor) -> None:
         """Output projection and MLP, added to these rows of hidden in place."""
-        hidden += self._row_parallel(attended.flatten(1), layer.out, layer.out_bias)
+        hidden += self._row_parallel(layer.out, attended.flatten(1))
         x = rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps)
-        gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        hidden += self._row_parallel(F.silu(gate) * up, layer.down, layer.down_bias)
+        gate, up = layer.gate_up(x).chunk(2, dim=-1)
+        hidden += self._row_parallel(layer.down, F.silu(gate) * up)
 
-    def _row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _row_parallel(self, linear: Linear, x: Tensor) -> Tensor:
         if self.shard.group_size == 1:
-            return F.linear(x, weight, bias)
-        total = self._collectives.all_reduce(F.linear(x, weight))
-        return total if bias is None else total + bias
+            return linear(x)
+        total = self._collectives.all_reduce(linear.product(x))
+        return total if linear.bias is None else total + linear.bias
 
 
 def _blocks(num_rows: int) -> Iterator[slice]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from sp_backend.models.layers import inverse_frequencies, rms_norm, rope_cos_sin, rotate
+from sp_backend.models.linear import Linear, can_pack
 from sp_backend.models.rope_config import Rope
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,3 +40,26 @@ def test_rotation_of_far_positions(dtype):
     cos, sin = rope_cos_sin(positions, inv_freq, scale, dtype)
     assert torch.equal(rotate(q, cos, sin), wanted[0])
     assert torch.equal(rotate(k, cos, sin), wanted[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 48), (85, 33)])
+@pytest.mark.parametrize("rows", [0, 1, 5, 130])
+def test_a_packed_linear_layer_computes_the_same(dtype, shape, rows):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(shape) / 6, torch.randn(shape[0]), torch.randn(rows, shape[1])
+    exact = F.linear(x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double())
+    linear = Linear(weight.to(dtype), bias.to(dtype))
+    linear.pack()
+    torch.testing.assert_close(linear(x.to(dtype)), exact.to(dtype))
+    torch.testing.assert_close(linear.product(x.to(dtype)), (exact - bias.to(dtype)).to(dtype), atol=2e-2, rtol=2e-2)
+
+
+def test_a_packed_matrix_replaces_the_plain_one():
+    weight = torch.randn(64, 64)
+    plain = weakref.ref(weight)
+    linear = Linear(weight)
+    del weight
+    assert plain() is not None
+    linear.pack()
+    assert (plain() is None) == can_pack(torch.empty(1))
