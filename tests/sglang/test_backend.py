@@ -1,0 +1,44 @@
+"""The installed plugin against SGLang's own torch_native attention, on real pools and gloo ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ranks import run_on_ranks
+from tests.sglang.pools import LAYERS, Prompt, compare
+
+NAMES = ["sp_ring_pass_kv", "sp_token_ring", "sp_ring_pass_q", "sp_auto"]
+ROUNDS = {  # in which a rank sends or receives, over P ranks
+    "ring_pass_kv": lambda size: size - 1,
+    "ring_pass_kv_both": lambda size: size - 1,
+    "all_gather_kv": lambda size: 1,
+    "token_ring": lambda size: size + 1,  # its states leave a round after they were computed
+    "ring_pass_q": lambda size: size + 1,  # keys to keep go out while the last Q is attended
+}
+BATCHES = {
+    "ragged": [Prompt(37), Prompt(8), Prompt(130)],
+    "cached": [Prompt(37, 64), Prompt(9, 3), Prompt(64), Prompt(8, 129)],
+    "short": [Prompt(3, 70), Prompt(90)],  # not sharded: a prompt has fewer tokens than there are blocks
+}
+
+
+@pytest.mark.parametrize(("size", "page_size"), [(2, 1), (3, 64)])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_and_decoding_equal_torch_native_on_every_rank(
+    name: str, batch: str, page_size: int, size: int
+) -> None:
+    prompts = BATCHES[batch]
+    kept = 0.0
+    for rank, (differences, reports) in enumerate(run_on_ranks(size, compare, name, prompts, page_size)):
+        assert max(differences.values()) <= 1e-5
+        if batch == "short":
+            assert not reports
+            continue
+        [report] = reports  # of the prefill; decoding sends nothing
+        assert (report.name, report.rank, report.layers) == (name, rank, LAYERS)
+        assert (report.new, report.cached) == (sum(p.new for p in prompts), sum(p.cached for p in prompts))
+        assert report.rounds == ROUNDS[report.plan](size)
+        assert report.kept < report.sent
+        kept += report.kept
+    assert (kept > 0) == (batch != "short")
