@@ -5,6 +5,10 @@ youngest live request give way: it loses its pages (what the prefix cache knows 
 tokens, and is the first of its lane to come back. The oldest live request therefore always gets on, and every request
 fits when it is alone, so nobody waits for ever. Half-prefilled prompts cannot block each other: they are admitted only
 with room for all of each, and give way to streams like everybody else.
+
+A step is planned while the one before it runs, as if that had been done already: workers take steps in order. Only
+its tokens are not known yet (UNDRAWN). A request that they end has run one step in vain, whose outcome is dropped.
+Nobody gives way before all tokens are known, for pages may be about to come back.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from scheduler.plans import PlanChoice, PlanChooser, StepPlanner
 from scheduler.prefill import PrefillLanes
 from scheduler.prefill_time import PrefillTime
 from scheduler.request import FinishReason, GeneratedToken, GenerateRequest, Output, StepReport
-from scheduler.sequence import Chunk, Sequence
+from scheduler.sequence import UNDRAWN, Chunk, Sequence
 from sp_backend.commands import SampledToken, StepResult
 from sp_backend.config import BackendConfig
 
@@ -84,6 +88,7 @@ class Batcher:
         self._live: dict[str, Sequence] = {}  # waiting ones included
         self._released: list[int] = []  # workers still keep page tables for these
         self._num_arrived = 0
+        self._num_in_flight = 0  # steps sent and not completed
         self._decode_next = False
         self._last_turn = -1  # id of the last stream of the previous decode step, when they take turns
 
@@ -120,9 +125,10 @@ class Batcher:
         return released
 
     def next_step(self) -> PlannedStep | None:
-        """The next step, with pages taken; None if there is nothing to do."""
+        """The next step, with pages taken; None if there is nothing to do before those in flight are completed."""
         while self._live:
-            if not (self._decode_next and self.running):
+            streams = [sequence for sequence in self.running if not sequence.is_complete]
+            if not (self._decode_next and streams):
                 draft = self.lanes.select(self.running)
                 if draft.chunks:
                     self._decode_next = True
@@ -131,35 +137,45 @@ class Batcher:
                     return PlannedStep("prefill", chunks, tokens, pairs, draft.num_cached, choices)
             self._decode_next = False
             # prompts are admitted with room for all of them: without streams, who take more, one can always go on
-            assert self.running, "somebody can go on"
-            if decoded := self._decode():
+            assert streams or self._num_in_flight, "somebody can go on"
+            if decoded := self._decode(streams):
                 chunks, choices = self._plans.assign(decoded)
                 return PlannedStep("decode", chunks, choices=choices)
+            if self._num_in_flight:
+                return None
         return None
 
-    def complete(self, step: PlannedStep, sampled: Mapping[int, SampledToken], seconds: float) -> list[Output]:
-        """The workers have run the step in `seconds`: what its requests are told."""
-        self.counters.num_steps[step.kind] += 1
-        outputs = []
+    def sent(self, step: PlannedStep) -> None:
+        """The step is on its way to the workers: the next is planned as if it were done."""
+        self._num_in_flight += 1
         for chunk in step.chunks:
             self.placement.computed(chunk)
-            if chunk.sequence.request.explain:
-                self._report(step, chunk, seconds)
             if chunk.samples:
-                if chunk.sequence.request.pooling is not None:
-                    outputs.append(self._embedded(chunk.sequence))
-                    continue
+                if chunk.sequence.request.pooling is None:
+                    chunk.sequence.tokens.append(UNDRAWN)
                 if step.kind == "prefill":
                     self.lanes.remove(chunk.sequence)
                     self.running.append(chunk.sequence)
-                outputs.append(self._advance(chunk.sequence, sampled[chunk.sequence.id]))
+
+    def complete(self, step: PlannedStep, sampled: Mapping[int, SampledToken], seconds: float) -> list[Output]:
+        """The workers have run the oldest step in flight, in `seconds`: what its requests are told."""
+        self._num_in_flight -= 1
+        self.counters.num_steps[step.kind] += 1
+        outputs = []
+        for chunk in filter(lambda chunk: chunk.is_current, step.chunks):
+            if chunk.sequence.request.explain:
+                self._report(step, chunk, seconds)
+            if chunk.samples and chunk.sequence.request.pooling is not None:
+                outputs.append(self._embedded(chunk.sequence))
+            elif chunk.samples:
+                outputs.append(self._advance(chunk, sampled[chunk.sequence.id]))
         return outputs
 
     def pool(self, step: PlannedStep, results: Iterable[StepResult]) -> None:
         """Adds up what the ranks tell of embeddings; called before complete()."""
-        sequences = {chunk.sequence.id: chunk.sequence for chunk in step.chunks}
-        for result in results:
-            for part in result.pooled:
+        sequences = {chunk.sequence.id: chunk.sequence for chunk in step.chunks if chunk.is_current}
+        for part in (part for result in results for part in result.pooled):
+            if part.request_id in sequences:
                 sequences[part.request_id].pooled += np.frombuffer(part.states, "<f4").astype(np.float64)
 
     def _report(self, step: PlannedStep, chunk: Chunk, seconds: float) -> None:
@@ -176,25 +192,28 @@ class Batcher:
         )
         chunk.sequence.reports.append(report)
 
-    def _decode(self) -> list[Chunk]:
+    def _decode(self, streams: list[Sequence]) -> list[Chunk]:
+        """A chunk for each stream; none if pages are short and steps in flight may return some."""
         chunks: list[Chunk] = []
-        for sequence in self._whose_turn():
+        for sequence in self._whose_turn(streams):
             # the youngest give way, so whoever has a chunk keeps it
             while sequence.node is not None:
                 chunk = self.placement.next_token(sequence)
                 if chunk is not None:
                     chunks.append(chunk)
                     break
+                if self._num_in_flight:
+                    return []
                 self._retract_youngest()
         return chunks
 
-    def _whose_turn(self) -> list[Sequence]:
+    def _whose_turn(self, streams: list[Sequence]) -> list[Sequence]:
         """All streams, oldest first; or as many as have no more cached tokens between them than the pages hold.
 
         Kernels read a step's history in one piece, in which a prefix that many streams share stands once for each
         of them. Beyond the bound they take turns, so that sharing a prefix never costs more memory than not to.
         """
-        streams = sorted(self.running, key=lambda s: s.id)
+        streams = sorted(streams, key=lambda s: s.id)
         if sum(s.num_computed for s in streams) <= self.placement.capacity:
             return streams
         streams.sort(key=lambda s: s.id <= self._last_turn)  # stable: those after the last one come first
@@ -209,17 +228,17 @@ class Batcher:
         self._leave(youngest)
         self.lanes.add_first(youngest)
 
-    def _advance(self, sequence: Sequence, sampled: SampledToken) -> Output:
-        request = sequence.request
-        if not sequence.num_generated:
+    def _advance(self, chunk: Chunk, sampled: SampledToken) -> Output:
+        sequence, request = chunk.sequence, chunk.sequence.request
+        if chunk.end == sequence.num_prompt:
             self.counters.prompt_tokens += sequence.num_prompt
             self.counters.cached_tokens += sequence.cached_tokens
         self.counters.generated_tokens += 1
         if sampled.token in request.stop_token_ids:  # banned before min_tokens
             return self._finish(sequence, FinishReason.STOP, stop_token=sampled.token)
-        sequence.tokens.append(sampled.token)
+        sequence.tokens[chunk.end] = sampled.token
         token = GeneratedToken(sampled.token, sampled.logprob, sampled.top)
-        if len(sequence.tokens) >= sequence.max_length:
+        if chunk.end + 1 >= sequence.max_length:
             return self._finish(sequence, FinishReason.LENGTH, tokens=[token])
         steps = sequence.take_reports()
         return Output(request.request_id, [token], cached_tokens=sequence.cached_tokens, steps=steps)

@@ -1,18 +1,21 @@
 """The one place that owns requests: takes them in, runs step after step on the workers, hands their tokens out.
 
 Every request that submit() takes ends in exactly one Output with a finish_reason. `step` is synchronous and does all
-the work; a thread calls it as long as there is some. Aborts and new requests take effect between two steps.
+the work; a thread calls it as long as there is some. While a step runs, the next one is planned and sent, so that the
+workers never wait for this thread. Aborts and new requests take effect with the next step that is planned.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 
 from scheduler.batching import Batcher, PlannedStep, failed
 from scheduler.config import SchedulerConfig
@@ -28,7 +31,17 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # how soon a closing controller stops waiting for a step
 IDLE_SECONDS = 0.5  # how often idle workers are looked at
+PLANNED_AT = 0.5  # of a prefill step's predicted time, the next one is planned: later arrivals miss it
 SHUT_DOWN = "the server is shutting down"
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A step that the workers have, or will take next."""
+
+    planned: PlannedStep
+    began: float  # when it was sent, or the one before it was done
+    after_another: bool  # the workers had requests to work on before it
 
 
 class Controller:
@@ -61,7 +74,8 @@ class Controller:
         self._results: list[StepResult] = []  # of the last step
         self._busy_seconds = [0.0] * backend.world_size
         self._idle_seconds = [0.0] * backend.world_size
-        self._had_nothing_to_do = True
+        self._in_flight: deque[InFlight] = deque()  # at most two: one runs, one is next
+        self._had_work = False
         self._plans: dict[str, PlanStats] = {}
         self._last_choice: LastChoice | None = None
         self._log = StepLog(config.decode_log_interval, clock())
@@ -141,14 +155,23 @@ class Controller:
     # The controller's thread
 
     def step(self) -> bool:
-        """Runs one step on the workers; False if there was nothing to do. A failure ends every request."""
+        """Completes one step, with the next one sent before; False if there was nothing to do.
+
+        A failure ends every request.
+        """
         with self._failures():
-            self._take_in()
-            planned = self.batcher.next_step()
-            if planned is not None:
-                self._execute(planned)
-            self._had_nothing_to_do = planned is None
-            return planned is not None
+            if not self._in_flight:
+                self._send_next()
+            self._had_work = bool(self._in_flight)
+            if not self._in_flight:
+                return False
+            results = self._results_before_next_is_planned()
+            if results is None:
+                self._send_next()
+                results = self._await_results()
+            if results is not None:
+                self._complete(self._in_flight.popleft(), results)
+            return True
         return False
 
     @contextmanager
@@ -185,20 +208,56 @@ class Controller:
             self._flush = False
             self.batcher.placement.cache.flush()
 
-    def _execute(self, planned: PlannedStep) -> None:
+    def _send_next(self) -> None:
+        self._take_in()
+        planned = self.batcher.next_step()
+        if planned is None:
+            return
         self._step_id += 1
         steps = steps_of(self._step_id, planned.chunks, self.batcher.take_released(), self.batcher.placement)
-        began = self._clock()
         self._workers.submit(steps)
-        results = self._await_results(planned, began)
-        if results is None:
-            return
+        self.batcher.sent(planned)
+        self._in_flight.append(InFlight(planned, self._clock(), self._had_work))
+        self._had_work = True
+
+    def _results_before_next_is_planned(self) -> list[StepResult] | None:
+        """A long step's successor is planned late, with who has arrived meanwhile; None: the time has come."""
+        step = self._in_flight[0]
+        if step.planned.kind == "decode":
+            return None
+        predicted = self.batcher.prefill_time.predict(step.planned.tokens, step.planned.pairs)
+        if predicted == math.inf:
+            return None
+        return self._poll_until(step.began + PLANNED_AT * predicted)
+
+    def _await_results(self) -> list[StepResult] | None:
+        """None if the controller is being closed."""
+        step = self._in_flight[0]
+        results = self._poll_until(step.began + self._config.watchdog_timeout)
+        if results is None and not self._closing:
+            raise WorkerFailed(
+                f"a {step.planned.kind} step of {step.planned.num_new} tokens took longer than the watchdog's "
+                f"{self._config.watchdog_timeout:g} s"
+            )
+        return results
+
+    def _poll_until(self, deadline: float) -> list[StepResult] | None:
+        """The oldest step's results; None if they are not there by then, or the controller is being closed."""
+        while not self._closing and (left := deadline - self._clock()) > 0:
+            results = self._workers.poll(min(left, POLL_SECONDS))
+            if results is not None:
+                return results
+        return None
+
+    def _complete(self, step: InFlight, results: list[StepResult]) -> None:
         self._results = results
         for result in results:
             self._busy_seconds[result.rank] += result.seconds
-            if not self._had_nothing_to_do:
+            if step.after_another:
                 self._idle_seconds[result.rank] += result.idle_seconds
-        seconds = self._clock() - began
+        if self._in_flight:
+            self._in_flight[0].began = self._clock()
+        seconds, planned = max(result.seconds for result in results), step.planned
         if planned.kind == "prefill":
             self.batcher.prefill_time.observe(planned.tokens, planned.pairs, seconds)
         self._count(planned, seconds)
@@ -207,19 +266,6 @@ class Controller:
         outputs = self.batcher.complete(planned, sampled, seconds)
         self._emit(outputs)
         self._log_step(planned, len(outputs))
-
-    def _await_results(self, planned: PlannedStep, began: float) -> list[StepResult] | None:
-        """None if the controller is being closed."""
-        while not self._closing:
-            results = self._workers.poll(POLL_SECONDS)
-            if results is not None:
-                return results
-            if self._clock() - began > self._config.watchdog_timeout:
-                raise WorkerFailed(
-                    f"a {planned.kind} step of {planned.num_new} tokens took longer than the watchdog's "
-                    f"{self._config.watchdog_timeout:g} s"
-                )
-        return None
 
     def _count(self, planned: PlannedStep, seconds: float) -> None:
         stats = self._plans.setdefault(planned.plan, PlanStats())
@@ -243,6 +289,7 @@ class Controller:
                 return
             self._failure = why
             submitted, self._submitted = self._submitted, deque()
+        self._in_flight.clear()
         self._emit(self.batcher.fail_all(why) + [failed(request.request_id, why) for request in submitted])
         if why != SHUT_DOWN:
             logger.error("cannot go on: %s", why)

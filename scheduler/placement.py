@@ -170,10 +170,13 @@ class Placement:
                 return None
             self._add_pages(sequence, (rank,))
         here = range(sequence.owners[-1], sequence.owners[-1] + 1)
-        return Chunk(sequence, sequence.num_computed, 1, here, self._plan_at(sequence, here))
+        return Chunk.of(sequence, 1, here, self._plan_at(sequence, here))
 
     def computed(self, chunk: Chunk) -> None:
-        """The chunk's tokens are in the KV cache: pages that are full now can be found by other requests."""
+        """The chunk's step is on its way: whatever is sent later finds its tokens in the KV cache.
+
+        So pages that it fills can be found by other requests at once.
+        """
         sequence = chunk.sequence
         sequence.num_computed += chunk.num_new
         if not sequence.has_twins:
@@ -189,7 +192,7 @@ class Placement:
         sequence.forget_pages()
 
     def _cache_pages(self, sequence: Sequence, past_twins: bool) -> None:
-        first, full = sequence.num_cached, sequence.num_computed // self.page_size
+        first, full = sequence.num_cached, min(sequence.num_computed, sequence.num_known) // self.page_size
         if not self._prefix_cache or full == first:
             return
         pages = list(zip(sequence.owners[first:full], sequence.pages[first:full], strict=True))
@@ -210,7 +213,7 @@ class Placement:
 
     def _chunk(self, sequence: Sequence, num_new: int, home: range, plan: str | None, ranks: tuple[int, ...]) -> Chunk:
         self._add_pages(sequence, ranks)
-        return Chunk(sequence, sequence.num_computed, num_new, home, plan)
+        return Chunk.of(sequence, num_new, home, plan)
 
     def _plan_at(self, sequence: Sequence, rank: range) -> str:
         return LOCAL if sequence.lies_on(rank) and not self.heads else DECODE

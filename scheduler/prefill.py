@@ -131,7 +131,7 @@ class PrefillLanes:
     def select(self, running: list[Sequence]) -> Draft:
         """The next prefill step, with pages taken; empty if nobody can go on. running: the streams."""
         most = self._config.chunked_prefill_size if self._config.chunked_prefill_size > 0 else sys.maxsize
-        seconds = self._config.max_prefill_seconds if running else math.inf
+        seconds = math.inf if all(s.is_complete for s in running) else self._config.max_prefill_seconds
         reserved = sum(map(self._growth, running))
         whole = Limits(most, seconds, len(running), reserved)
         half = Limits(max(most // 2, self._placement.page_size), seconds / 2, len(running), reserved)
@@ -220,7 +220,7 @@ class PrefillLanes:
         granule = len(home)  # then every rank gets as many pages
         room = min(remaining, limits.tokens - draft.num_tokens)
         num_pages = self._placement.pages_for(room) if room == remaining else room // ps
-        if limits.num_running and num_pages > 0:
+        if limits.seconds < math.inf and num_pages > 0:
             start = sequence.num_computed
             fitting = self._prefill_time.largest(
                 limits.seconds, num_pages, lambda n: draft.size_with(start, min(n * ps, remaining), home)

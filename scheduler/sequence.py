@@ -12,20 +12,22 @@ from scheduler.prefix_cache import Node
 from scheduler.request import GenerateRequest, StepReport
 
 NOWHERE = range(0)
+UNDRAWN = -1
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Prefilling while more than the newest token is not yet in the KV cache, else decoding.
 
-    A retracted sequence loses its pages, keeps its tokens, and prefills prompt and generated tokens alike.
+    A retracted sequence loses its pages, keeps its tokens, and prefills prompt and generated tokens alike. Steps are
+    planned ahead: what a step in flight computes counts as computed, and the token that it draws is UNDRAWN so far.
     """
 
     id: int  # order of arrival; also names the request to the workers
     request: GenerateRequest
     max_length: int  # prompt and generated tokens at which it ends
     tokens: array[int]  # prompt, then generated
-    num_computed: int = 0  # tokens in the KV cache
+    num_computed: int = 0  # tokens in the KV cache, once the steps in flight are done
     home: range = NOWHERE  # SP ranks that share its prefill
     owners: bytearray = field(default_factory=bytearray)  # SP rank of each page
     pages: list[int] = field(default_factory=list)  # its index on that rank
@@ -36,6 +38,7 @@ class Sequence:
     has_twins: bool = False  # another request was faster: its next page is cached from there
     cached_tokens: int = 0  # of the prompt, found at the first admission
     was_admitted: bool = False
+    num_stays: int = 0  # how often it has left the batch: steps planned for an earlier stay mean nothing to it
     reports: list[StepReport] = field(default_factory=list)  # of steps that no output has told yet
     pooled: NDArray[np.float64] | float = 0.0  # sum of the states of its embedding's tokens so far
 
@@ -46,6 +49,19 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_known(self) -> int:
+        """Tokens without those that steps in flight will draw."""
+        known = len(self.tokens)
+        while self.tokens[known - 1] == UNDRAWN:
+            known -= 1
+        return known
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its last token is drawn, if only by a step in flight."""
+        return len(self.tokens) >= self.max_length
 
     @property
     def num_remaining(self) -> int:
@@ -74,6 +90,7 @@ class Sequence:
         self.pages, self.pages_on = [], []
         self.has_twins = False
         self.node = None
+        self.num_stays += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +102,21 @@ class Chunk:
     num_new: int
     home: range  # SP ranks of the new tokens
     plan: str | None  # None: chosen when the whole step is known
+    samples: bool  # whether a token is drawn after it
+    stay: int  # Sequence.num_stays when it was planned
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_new: int, home: range, plan: str | None) -> Chunk:
+        """The next `num_new` tokens."""
+        start = sequence.num_computed
+        samples = start + num_new == len(sequence.tokens)
+        return cls(sequence, start, num_new, home, plan, samples, sequence.num_stays)
 
     @property
-    def samples(self) -> bool:
-        """Whether a token is sampled after it."""
-        return self.start + self.num_new == len(self.sequence.tokens)
+    def end(self) -> int:
+        return self.start + self.num_new
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the sequence has not ended or been retracted since."""
+        return self.stay == self.sequence.num_stays

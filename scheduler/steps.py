@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 import msgspec
 
 from scheduler.placement import Placement
-from scheduler.sequence import Chunk, Sequence
+from scheduler.sequence import UNDRAWN, Chunk, Sequence
 from sp_backend.commands import Group, Sampling, SequenceStep, Step
 
 TOKEN_BYTES = 4
@@ -23,8 +23,9 @@ def steps_of(step_id: int, chunks: Seq[Chunk], released: list[int], placement: P
         for rank, part in enumerate(_parts(chunk, placement)):
             by_rank[rank].append(part)
         chunk.sequence.num_sent = len(chunk.sequence.pages)
+    moved = [chunk.sequence.id for chunk in chunks if _moves(chunk, placement)]
     return [
-        Step(step_id, [Group(plan, by_rank[rank]) for plan, by_rank in groups.items()], released)
+        Step(step_id, [Group(plan, by_rank[rank]) for plan, by_rank in groups.items()], released, moved)
         for rank in range(placement.num_ranks)
     ]
 
@@ -56,6 +57,14 @@ def _parts(chunk: Chunk, placement: Placement) -> list[SequenceStep]:
         )
         for rank in range(num_ranks)
     ]
+
+
+def _moves(chunk: Chunk, placement: Placement) -> bool:
+    """Whether its token is being drawn on another rank than the one that computes it."""
+    sequence, at = chunk.sequence, chunk.start
+    if placement.heads or sequence.tokens[at] != UNDRAWN:
+        return False
+    return sequence.owners[(at - 1) // placement.page_size] != sequence.owners[at // placement.page_size]
 
 
 def _pages_by_rank(sequence: Sequence, num_ranks: int) -> list[bytes]:

@@ -51,10 +51,10 @@ class Workers(Protocol):
     """What the controller needs of its workers."""
 
     def submit(self, steps: list[Step]) -> None:
-        """Starts a step; steps[r] goes to SP rank r, on every TP rank."""
+        """Starts a step, or queues it behind the one that runs; steps[r] goes to SP rank r, on every TP rank."""
 
     def poll(self, timeout: float) -> list[StepResult] | None:
-        """The results of all workers by rank, or None if some are missing after `timeout` seconds.
+        """The oldest step's results of all workers by rank, or None if some are missing after `timeout` seconds.
 
         Raises WorkerFailed as soon as a worker cannot answer any more, also between steps.
         """
@@ -66,8 +66,7 @@ class WorkerPool:
         self._config = config
         self._command = command
         self._processes: list[_Process] = []
-        self._results: dict[int, StepResult] = {}
-        self._step_id = -1
+        self._results: dict[int, dict[int, StepResult]] = {}  # of steps in flight, oldest first: by rank
         self._checked_at = 0.0
         self._directory: Path | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -96,23 +95,20 @@ class WorkerPool:
 
     def submit(self, steps: list[Step]) -> None:
         assert self._socket is not None and len(steps) == self._config.sp_size
-        self._step_id = steps[0].step_id
-        self._results.clear()
+        self._results[steps[0].step_id] = {}
         messages = [encode(step) for step in steps]
         for rank in range(self._config.world_size):
             self._send(rank, messages[rank % self._config.sp_size])
 
     def poll(self, timeout: float) -> list[StepResult] | None:
         deadline = time.monotonic() + timeout
-        while True:
+        while (results := self._oldest_results()) is None:
             for report in self._receive(deadline):
-                assert isinstance(report, StepResult) and report.step_id == self._step_id, f"unexpected {report}"
-                self._results[report.rank] = report
-            if len(self._results) == self._config.world_size:
-                results, self._results = self._results, {}
-                return [results[rank] for rank in range(self._config.world_size)]
+                assert isinstance(report, StepResult) and report.step_id in self._results, f"unexpected {report}"
+                self._results[report.step_id][report.rank] = report
             if time.monotonic() >= deadline:
-                return None
+                return self._oldest_results()
+        return results
 
     def stop(self, grace: float = 5.0) -> None:
         """Ends all workers: asked, then told, then killed. Returns within `grace` and about 3 seconds."""
@@ -168,6 +164,13 @@ class WorkerPool:
                 raise WorkerFailed(f"workers 0 and {other.rank} would run different plans")
             if other.page_size != first.page_size:
                 raise WorkerFailed(f"workers 0 and {other.rank} have pages of different sizes")
+
+    def _oldest_results(self) -> list[StepResult] | None:
+        oldest = next(iter(self._results), None)
+        if oldest is None or len(self._results[oldest]) < self._config.world_size:
+            return None
+        results = self._results.pop(oldest)
+        return [results[rank] for rank in range(self._config.world_size)]
 
     def _send(self, rank: int, message: bytes) -> None:
         assert self._socket is not None

@@ -7,6 +7,7 @@ travel as little-endian int32 bytes, page owners as one byte a page.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -14,6 +15,7 @@ import msgspec
 from sp_backend.config import BackendConfig
 from sp_backend.topology import Machine
 
+UNKNOWN = (-1).to_bytes(4, "little", signed=True)  # as a token id: the one drawn for the request one step earlier
 Pooling = Literal["last", "mean"]  # of the hidden states of a prompt's last token, or of all its tokens
 
 
@@ -41,7 +43,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     logit_bias: dict[int, float] = {}
     banned: list[int] = []  # never sampled (end-of-sequence before min_tokens)
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely ones'
-    context: bytes = b""  # int32 prompt + output ids, only if a penalty needs them
+    context: bytes = b""  # int32 prompt + output ids, only if a penalty needs them; the last may be UNKNOWN
     num_prompt: int = 0  # how many of `context` are prompt
 
 
@@ -55,7 +57,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     degree: int  # ... and how many ranks share them, cut by the plan's layout; 1: all are on `home`
     page_owners: bytes  # SP rank of each page appended to the request since its previous step (uint8)
     pages: bytes  # this rank's: indices of those of them that it owns (int32), in order
-    tokens: bytes  # this rank's: ids of the new tokens it computes (int32), in position order
+    tokens: bytes  # this rank's: ids of the new tokens it computes (int32), in position order; or UNKNOWN alone
     sampling: Sampling | None = None  # set on ranks that hold the last new token: sample the one that follows it
     pooling: Pooling | None = None  # an embedding is made of these new tokens (of the last one, or of all of them)
 
@@ -68,11 +70,32 @@ class Group(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """Run one forward pass. `release` frees the worker's page tables of ended or retracted requests first."""
+    """Run one forward pass. `release` frees the worker's page tables of ended or retracted requests first.
+
+    A step is sent while the one before it runs. A token that is being drawn there is UNKNOWN here: the rank that draws
+    it puts it in. Where the token is needed on another rank, its request is among `moved` (equal on every rank).
+    """
 
     step_id: int
     groups: list[Group]
     release: list[int] = []
+    moved: list[int] = []
+
+
+def fill_in(step: Step, drawn: Mapping[int, int]) -> Step:
+    """The step with this rank's UNKNOWN tokens known. drawn: request id -> token."""
+
+    def filled(part: SequenceStep) -> SequenceStep:
+        if part.tokens != UNKNOWN:
+            return part
+        token = drawn[part.request_id].to_bytes(4, "little")
+        sampling = part.sampling
+        if sampling is not None and sampling.context:
+            sampling = msgspec.structs.replace(sampling, context=sampling.context[:-4] + token)
+        return msgspec.structs.replace(part, tokens=token, sampling=sampling)
+
+    groups = [Group(group.plan, [filled(part) for part in group.sequences]) for group in step.groups]
+    return msgspec.structs.replace(step, groups=groups)
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):

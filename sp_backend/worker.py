@@ -36,6 +36,7 @@ from sp_backend.commands import (
     decode_command,
     decode_start,
     encode,
+    fill_in,
 )
 from sp_backend.config import BackendConfig
 from sp_backend.execute import Executor
@@ -119,6 +120,7 @@ class Worker:
             windowed=any(model.windows),
             device=device,
         )
+        self._drawn: dict[int, int] = {}  # in the previous step, on this rank: request id -> token
         pool = BufferPool(device)
         self._executors = {
             name: Executor(
@@ -153,7 +155,7 @@ class Worker:
     @torch.inference_mode()
     def forward(self, step: Step) -> tuple[LocalBatch, torch.Tensor]:
         """Lay the step out and run the model: this rank's rows and their hidden states [n, hidden]."""
-        batch = self._builder.build(step)
+        batch = self._builder.build(fill_in(step, self._drawn | self._moved(step.moved)))
         attention = StepAttention(batch, self._cache, self._executors, self.decoder.config.windows)
         return batch, self.decoder.forward(batch.tokens, batch.positions, attention)
 
@@ -173,14 +175,24 @@ class Worker:
             pooled=self._pool(batch, hidden),
         )
 
+    def _moved(self, requests: list[int]) -> dict[int, int]:
+        """Tokens drawn in the previous step on one rank and needed on another. All ranks of the world call it."""
+        if not requests:
+            return {}
+        tokens = torch.tensor([self._drawn.get(request, -1) for request in requests])
+        dist.all_reduce(tokens, op=dist.ReduceOp.MAX)
+        return dict(zip(requests, tokens.tolist(), strict=True))
+
     def _sample(self, batch: LocalBatch, hidden: torch.Tensor) -> list[SampledToken]:
-        """Ranks that share a vocabulary compute logits together; the first of them draws."""
+        """Ranks that share a vocabulary compute logits together and draw the same; the first of them reports."""
+        self._drawn = {}
         if not batch.samples:
             return []
         logits = self.decoder.logits(hidden[[row.row for row in batch.samples]])
+        samples = sample(logits, [row.sampling for row in batch.samples], [row.position for row in batch.samples])
+        self._drawn = {row.request_id: drawn.token for row, drawn in zip(batch.samples, samples, strict=True)}
         if self._shard.group_rank != 0:
             return []
-        samples = sample(logits, [row.sampling for row in batch.samples], [row.position for row in batch.samples])
         return [
             SampledToken(row.request_id, drawn.token, drawn.logprob, drawn.top)
             for row, drawn in zip(batch.samples, samples, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -61,21 +61,20 @@ class RankWorkers:
 
     def __init__(self, config: BackendConfig, machine: Machine | None = None) -> None:
         self._config = config
-        self._results: list[StepResult] | None = None
+        self._results: deque[list[StepResult]] = deque()
         self.logits: Logits | None = None
         digests = run_on_ranks(config.world_size, build, config, machine)
         assert all(digest == digests[0] for digest in digests)
 
     def submit(self, steps: list[Step]) -> None:
         answers = run_on_ranks(self._config.world_size, step, steps, self.logits is not None)
-        self._results = [result for result, _ in answers]
+        self._results.append([result for result, _ in answers])
         for _, logits in answers:
             if self.logits is not None:
                 self.logits |= logits
 
     def poll(self, timeout: float) -> list[StepResult] | None:
-        results, self._results = self._results, None
-        return results
+        return self._results.popleft() if self._results else None
 
 
 class Engine:

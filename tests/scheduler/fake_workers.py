@@ -3,11 +3,14 @@
 They keep the token id of every (rank, page, slot) and derive the next token from a request's whole visible history as
 they find it there: a wrong prefix hit, a page written while shared, a lost or swapped page changes tokens or trips an
 assertion. The "hidden state" of a token is (its id, 1), so that a mean tells which tokens it is of. Time is simulated.
+A step is computed when it is submitted, as nothing before it can change it any more, and its results arrive when its
+time has passed; the tokens that it draws are put into the next one.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +25,7 @@ from sp_backend.commands import (
     StepResult,
     decode_command,
     encode,
+    fill_in,
 )
 from sp_backend.config import BackendConfig
 from sp_backend.layout import History, Kind, Layout
@@ -83,12 +87,15 @@ class FakeWorkers:
         self._seconds = seconds
         self._memory = np.full((config.sp_size, pages_per_rank, config.page_size), -1)
         self._tables: dict[int, Table] = {}
-        self._results: list[StepResult] | None = None
+        self._results: deque[tuple[float, list[StepResult]]] = deque()  # with the time at which they arrive
+        self._drawn: list[dict[int, int]] = [{} for _ in range(config.sp_size)]  # by each rank's previous step
 
     def submit(self, steps: list[Step]) -> None:
-        assert self._results is None and len(steps) == self.config.sp_size
+        assert len(self._results) < 2, "one step runs, one waits"
+        assert len(steps) == self.config.sp_size
         steps = [decode_command(encode(step)) for step in steps]  # type: ignore[misc]
         self.steps.append(steps[0])
+        steps = self._put_drawn_tokens_in(steps)
         for request_id in steps[0].release:
             del self._tables[request_id]
         assert all(step.release == steps[0].release for step in steps)
@@ -102,8 +109,8 @@ class FakeWorkers:
                 self._pool(sequences, pooled)
                 self._count_work(sequences[0], tokens, pairs)
         seconds = self._seconds(tokens.max(), pairs.max())
-        self.clock.now += seconds
-        self._results = [
+        begins = max([self.clock.now, *(arrival for arrival, _ in self._results)])
+        results = [
             self._result(
                 steps[0].step_id,
                 rank,
@@ -113,13 +120,27 @@ class FakeWorkers:
             )
             for rank in range(self.config.world_size)
         ]
+        self._results.append((begins + seconds, results))
 
     def poll(self, timeout: float) -> list[StepResult] | None:
-        results, self._results = self._results, None
+        if not self._results or self._results[0][0] > self.clock.now + timeout:
+            self.clock.now += timeout
+            return None
+        arrival, results = self._results.popleft()
+        self.clock.now = max(self.clock.now, arrival)
         return results
 
     def held_pages(self) -> set[tuple[int, int]]:
         return {page for t in self._tables.values() for page in zip(t.owners, t.pages, strict=True)}
+
+    def _put_drawn_tokens_in(self, steps: list[Step]) -> list[Step]:
+        """Each rank knows what it has drawn in the step before, and what it is told with `moved`."""
+        assert all(step.moved == steps[0].moved for step in steps)
+        moved = {request_id: token for drawn in self._drawn for request_id, token in drawn.items()}
+        moved = {request_id: moved[request_id] for request_id in steps[0].moved}
+        filled = [fill_in(step, drawn | moved) for step, drawn in zip(steps, self._drawn, strict=True)]
+        self._drawn = [{} for _ in steps]
+        return filled
 
     def _run(self, group: Group, parts: tuple[SequenceStep, ...]) -> list[SampledToken]:
         first, ps = parts[0], self.config.page_size
@@ -145,7 +166,11 @@ class FakeWorkers:
             assert np.array_equal(np.frombuffer(sampling.context, "<i4"), history)
         else:
             assert not sampling.context
-        return [SampledToken(first.request_id, next_token(history, sampling.banned, sampling.seed))]
+        token = next_token(history, sampling.banned, sampling.seed)
+        for part, drawn in zip(parts, self._drawn, strict=True):
+            if part.sampling:
+                drawn[first.request_id] = token
+        return [SampledToken(first.request_id, token)]
 
     def _pool(self, parts: tuple[SequenceStep, ...], pooled: list[list[PooledStates]]) -> None:
         """What each rank tells of an embedding's tokens that it computed."""
