@@ -2,7 +2,8 @@
 
 A kernel is called twice: with a `Work` once per step, for what does not change from layer to layer, and the
 function it returns with each layer's tensors. Queries and keys of all sequences are concatenated; spans say
-who meets whom. Rows in no span, and rows whose keys are all masked, give out 0 and lse -inf.
+who meets whom. Rows in no span, and rows whose keys are all masked, give out 0 and lse -inf, and leave a state
+that they are folded into as it was.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from sp_backend.state import AttentionState
 
 
 class Span(NamedTuple):
-    """Rows [q_lo, q_hi) of q meet rows [k_lo, k_hi) of kv. No two spans of a Work share a query row."""
+    """Rows [q_lo, q_hi) of q meet keys [k_lo, k_hi). No two spans of a Work share a query row."""
 
     q_lo: int
     q_hi: int
@@ -86,10 +87,22 @@ class Work:
     window: int | None = None
     q_positions: Tensor | None = None  # [queries] int64, under a window
     k_positions: Tensor | None = None  # [keys] int64, ascending within a span
+    k_rows: Tensor | None = None  # [keys] int64: the row of kv where each key lies; None: key i is row i
 
 
-# (q [queries, heads, head_dim], kv [keys, 2, kv_heads, head_dim]) -> state of all query rows
-Attention = Callable[[Tensor, Tensor], AttentionState]
+class Attention(Protocol):
+    """One layer's attention, by a kernel that knows its work."""
+
+    def __call__(self, q: Tensor, kv: Tensor, into: AttentionState | None = None) -> AttentionState:
+        """The state of all query rows.
+
+        q: [queries, heads, head_dim]. kv: [keys, 2, kv_heads, head_dim] or, where the work has `k_rows`, all that they
+        may point at, such as a layer's pages. Both may be strided, except along head_dim.
+        into: a state of these rows and heads to merge the result into, in place; it is what is returned. Both of its
+        tensors may be strided, `out` not along head_dim. None: a new one is made.
+        """
+
+
 Kernel = Callable[[Work], Attention]
 
 KERNELS: dict[str, str] = {  # name -> module that has `kernel: Kernel`, imported when asked for

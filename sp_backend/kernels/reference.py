@@ -15,7 +15,9 @@ def kernel(work: Work) -> Attention:
     return partial(_attend, work)
 
 
-def _attend(work: Work, q: Tensor, kv: Tensor) -> AttentionState:
+def _attend(work: Work, q: Tensor, kv: Tensor, into: AttentionState | None = None) -> AttentionState:
+    if work.k_rows is not None:
+        kv = kv.index_select(0, work.k_rows)
     dtype = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
@@ -29,7 +31,8 @@ def _attend(work: Work, q: Tensor, kv: Tensor) -> AttentionState:
         weights = torch.exp(scores - span_lse.masked_fill(span_lse == -torch.inf, 0.0)[..., None])
         out[rows] = torch.einsum("hqk,khd->qhd", weights, v)
         lse[rows] = span_lse.T
-    return AttentionState(out, lse)
+    state = AttentionState(out, lse)
+    return state if into is None else into.merge_(state)
 
 
 def _visible(work: Work, span: Span, device: torch.device) -> Tensor:

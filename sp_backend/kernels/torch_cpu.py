@@ -41,7 +41,7 @@ def kernel(work: Work) -> Attention:
     parts = [(run, _part(work, run)) for run in _runs(work)]
     heads = work.heads.runs()
     if len(parts) == 1 and len(heads) == 1 and parts[0][0][:2] == (0, work.num_queries):
-        return partial(_attend_all, *parts[0])
+        return partial(_attend_all, work, *parts[0])
     return partial(_attend, work, heads, parts)
 
 
@@ -68,23 +68,43 @@ def _batched(rows: Tensor, batch: int) -> Tensor:
     return rows.view(batch, rows.shape[0] // batch, *rows.shape[1:])
 
 
-def _attend_all(run: _Run, part: Part, q: Tensor, kv: Tensor) -> AttentionState:
-    keys = kv[run.k_lo : run.k_hi]
-    return part(_batched(q, run.batch), _batched(keys, run.batch))
+def _attend_all(
+    work: Work, run: _Run, part: Part, q: Tensor, kv: Tensor, into: AttentionState | None = None
+) -> AttentionState:
+    state = part(_batched(q, run.batch), _batched(_keys(work, run, kv), run.batch))
+    return state if into is None else into.merge_(state)
 
 
-def _attend(work: Work, heads: list[HeadRun], parts: list[tuple[_Run, Part]], q: Tensor, kv: Tensor) -> AttentionState:
-    state = AttentionState.empty(work.num_queries, work.heads.num_heads, work.head_dim, q.device)
+def _attend(
+    work: Work,
+    heads: list[HeadRun],
+    parts: list[tuple[_Run, Part]],
+    q: Tensor,
+    kv: Tensor,
+    into: AttentionState | None = None,
+) -> AttentionState:
+    state = into or AttentionState.empty(work.num_queries, work.heads.num_heads, work.head_dim, q.device)
     for run, part in parts:
-        queries, keys = q[run.q_lo : run.q_hi], kv[run.k_lo : run.k_hi]
+        queries, keys = q[run.q_lo : run.q_hi], _keys(work, run, kv)
         for h in heads:
             result = part(
                 _batched(queries[:, h.q_lo : h.q_hi], run.batch),
                 _batched(keys[:, :, h.k_lo : h.k_hi], run.batch),
             )
-            state.out[run.q_lo : run.q_hi, h.q_lo : h.q_hi] = result.out
-            state.lse[run.q_lo : run.q_hi, h.q_lo : h.q_hi] = result.lse
+            target = state.rows(run.q_lo, run.q_hi).heads(h.q_lo, h.q_hi)
+            if into is None:
+                target.out.copy_(result.out)
+                target.lse.copy_(result.lse)
+            else:
+                target.merge_(result)
     return state
+
+
+def _keys(work: Work, run: _Run, kv: Tensor) -> Tensor:
+    """Gathered where they are scattered: the op below wants one stride from key to key."""
+    if work.k_rows is None:
+        return kv[run.k_lo : run.k_hi]
+    return kv.index_select(0, work.k_rows[run.k_lo : run.k_hi])
 
 
 def _part(work: Work, run: _Run) -> Part:

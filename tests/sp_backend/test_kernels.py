@@ -1,6 +1,7 @@
 """Each kernel against the reference in fp64: masks, heads, windows, empty rows, low precision."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,44 @@ def test_strided_views_are_read_where_they_lie(name: str) -> None:
     wide_kv = torch.zeros(len(kv), 2, 7, 16)
     wide_q[:, 3:7], wide_kv[:, :, 2:4] = q.float(), kv.float()
     state = get_kernel(name)(work)(wide_q[:, 3:7], wide_kv[:, :, 2:4])
+    assert max(differences(state, get_kernel("reference")(work)(q, kv))) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*FAST, "reference"])
+@pytest.mark.parametrize("heads", HEAD_MAPS, ids=str)
+@pytest.mark.parametrize("lengths", [[(4, 9)] * 3, [(5, 70), (1, 1), (0, 9), (9, 0)], [(30, 7)], [(1, 300)]], ids=str)
+def test_a_result_is_folded_into_a_given_state(name: str, heads: HeadMap, lengths: list[tuple[int, int]]) -> None:
+    """Which may be rows and heads of a larger one; rows that see nothing stay as they were, bit for bit."""
+    work, q, kv = make_work(lengths, heads=heads, causal=True)
+    generator = torch.Generator().manual_seed(1)
+    shape = len(q) + 2, heads.num_heads + 3, 16
+    larger = AttentionState(torch.randn(shape, generator=generator), torch.randn(shape[:2], generator=generator))
+    larger.lse[::2] = -math.inf
+    larger.out[::2] = 0.0
+    into = larger.rows(1, 1 + len(q)).heads(2, 2 + heads.num_heads)
+    before = AttentionState(larger.out.clone(), larger.lse.clone())
+    alone = get_kernel("reference")(work)(q.float(), kv.float())
+    want = into.merge(alone)
+    assert get_kernel(name)(work)(q.float(), kv.float(), into) is into
+    assert max(differences(into, want)) < 1e-5
+    touched = torch.zeros(larger.lse.shape, dtype=torch.bool)
+    touched[1:-1, 2:-1] = alone.lse != -math.inf
+    assert torch.equal(larger.out[~touched], before.out[~touched])
+    assert torch.equal(larger.lse[~touched], before.lse[~touched])
+
+
+@pytest.mark.parametrize("name", [*FAST, "reference"])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("lengths", [[(4, 9)] * 3, [(5, 70), (1, 1), (0, 9), (9, 0)], [(1, 300)]], ids=str)
+def test_keys_are_read_at_the_rows_where_they_lie(
+    name: str, window: int | None, lengths: list[tuple[int, int]]
+) -> None:
+    work, q, kv = make_work(lengths, heads=HeadMap(0, 8, 4), window=window, causal=True)
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randperm(3 * len(kv), generator=generator)[: len(kv)]
+    pages = torch.full((3 * len(kv), *kv.shape[1:]), torch.nan)
+    pages[rows] = kv.float()
+    state = get_kernel(name)(replace(work, k_rows=rows))(q.float(), pages)
     assert max(differences(state, get_kernel("reference")(work)(q, kv))) < 1e-5
 
 
