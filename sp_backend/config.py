@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import msgspec
 
 from sp_backend.strategies import Options, Variant
@@ -48,3 +51,8 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def world_size(self) -> int:
         return self.tp_size * self.sp_size
+
+
+def cache_folder() -> Path:
+    """Where what was measured or compiled on this machine is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sp-serve"

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sp_backend.config import cache_folder
 from sp_backend.cost import ModelShape
 from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry
@@ -74,10 +75,6 @@ def machine_of(
     if transport.rank == 0:
         _save(path, machine)
     return machine
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sp-serve"
 
 
 def _key(hosts: Sequence[str], kernel: str, shape: ModelShape, dtype: torch.dtype) -> str:
