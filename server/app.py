@@ -14,7 +14,7 @@ from server import control
 from server.completion import Writer
 from server.errors import ApiError, internal, model_not_found
 from server.middleware import Auth, RequestId
-from server.openai_types import ChatRequest, CompletionRequest, json_schema
+from server.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest, json_schema
 from server.requests import read_json
 from server.responses import json_response
 from server.service import Service
@@ -32,7 +32,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _bug)
-    _describe_bodies(app, CompletionRequest, ChatRequest)
+    _describe_bodies(app, CompletionRequest, ChatRequest, EmbeddingRequest)
     if service.config.http.api_key is not None:
         app.add_middleware(Auth, api_key=service.config.http.api_key)
     app.add_middleware(
@@ -75,6 +75,17 @@ async def chat_completions(request: Request) -> Response:
     body = await read_json(request, ChatRequest)
     service.check_taking_requests()  # after the body: a refusal that leaves it unread may reset the connection
     return await _answer(request, await service.jobs.chat(body, _explain(request)), bool(body.stream))
+
+
+@router.post("/embeddings", openapi_extra=_body(EmbeddingRequest))
+async def embeddings(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = await read_json(request, EmbeddingRequest)
+    service.check_taking_requests()
+    service.jobs.check_model(body.model)
+    job = await service.embedder.read(body, _explain(request))
+    answer = service.embedder.run(job, body.model or service.model_name)
+    return json_response(await until_disconnect(request.receive, answer))
 
 
 def _explain(request: Request) -> bool:

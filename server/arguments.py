@@ -10,11 +10,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from scheduler.config import SchedulerConfig
 from sp_backend import strategies
+from sp_backend.commands import Pooling
 from sp_backend.config import AUTO, LAYOUTS
+from sp_backend.layout import CAUSAL, FULL
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 SCHEDULER = SchedulerConfig()  # its defaults are ours
@@ -79,6 +81,12 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         default="model",
         help="where omitted sampling parameters come from: generation_config.json, or OpenAI's defaults",
     )
+    add(
+        "--pooling",
+        choices=(AUTO, *get_args(Pooling)),
+        default=AUTO,
+        help="embeddings: the last token's hidden state, or the mean (default: the folder's modules.json, else last)",
+    )
     add("--random-seed", "--seed", type=int, default=0, help="of dummy weights")
 
 
@@ -122,6 +130,12 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
         help="plan of long prefills (default: auto, the fastest one predicted for each step); off: no prompt is shared",
     )
     _add_strategy_options(group)
+    add(
+        "--sp-mask",
+        choices=(AUTO, CAUSAL, FULL),
+        default=AUTO,
+        help="which tokens a token sees: those before it, or all (for embeddings only; default: what config.json says)",
+    )
     add("--sp-redundant-kv", action="store_true", help="layout heads: each rank computes the new keys of all tokens")
     add(
         "--sp-threshold",

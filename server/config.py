@@ -19,8 +19,11 @@ import psutil
 from scheduler.config import SchedulerConfig
 from server.arguments import DEFAULT_MODEL, OFF, STRATEGIES, UsageError, parse
 from sp_backend.catalog import ITEMSIZE
+from sp_backend.commands import Pooling
 from sp_backend.config import AUTO, BackendConfig
+from sp_backend.layout import CAUSAL, FULL
 from sp_backend.models.config import ModelConfig, check_parallel
+from sp_backend.models.pooling_config import read_pooling
 from sp_backend.strategies import FLAGS, Options, Variant, plan_for
 from sp_backend.strategies.mapping import read_cycles
 from sp_backend.topology import load_machine
@@ -52,9 +55,26 @@ class ServerConfig:
     model: ModelConfig
     backend: BackendConfig
     scheduler: SchedulerConfig
+    pooling: Pooling  # of embeddings
     drain_timeout: float
     warmup: bool
     warnings: tuple[str, ...]  # options given that have no effect
+
+    @property
+    def why_no_generation(self) -> str | None:
+        """None, or why the model can only embed and what to do about it: for clients and operators."""
+        if not self.model.has_head:
+            return (
+                f"This model has no language model head ({self.model.architecture} without lm_head.weight), so it "
+                "generates no tokens. Use POST /v1/embeddings, or serve a checkpoint with a head."
+            )
+        if not self.backend.causal:
+            return (
+                "This model runs under a full mask (--sp-mask full, or is_causal: false in its config.json): every "
+                "token sees those after it, so there is no next token to generate. Use POST /v1/embeddings, or start "
+                "the server with --sp-mask causal."
+            )
+        return None
 
     def summary(self) -> dict[str, Any]:
         """The resolved values, for the log and /server_info. Secrets are left out."""
@@ -67,6 +87,7 @@ class ServerConfig:
             "port": self.http.port,
             "served_model_name": self.http.served_model_names[0],
             "tokenizer_path": str(self.text.tokenizer_path),
+            "pooling": self.pooling,
             "sampling_defaults": self.text.sampling_defaults,
             "drain_timeout": self.drain_timeout,
         }
@@ -101,6 +122,7 @@ def resolve(args: argparse.Namespace) -> ServerConfig:
         model=model,
         backend=_backend(args, model, folder, context_length),
         scheduler=_scheduler(args, context_length),
+        pooling=(read_pooling(folder) or "last") if args.pooling == AUTO else args.pooling,
         drain_timeout=args.drain_timeout,
         warmup=not args.skip_server_warmup,
         warnings=tuple(_warnings(args)),
@@ -150,7 +172,22 @@ def _check_parallel(args: argparse.Namespace, model: ModelConfig) -> None:
     if args.sp_redundant_kv and args.sp_layout != "heads":
         raise UsageError("--sp-redundant-kv needs --sp-layout heads")
     check_parallel(model, args.tp_size, args.sp_size, args.sp_layout)
+    _check_mask(args, model)
     _check_strategy(args, model)
+
+
+def _is_causal(args: argparse.Namespace, model: ModelConfig) -> bool:
+    return model.causal if args.sp_mask == AUTO else args.sp_mask == CAUSAL
+
+
+def _check_mask(args: argparse.Namespace, model: ModelConfig) -> None:
+    windows = [window for window in model.windows if window is not None]
+    if windows and not _is_causal(args, model):
+        asked = "--sp-mask full" if args.sp_mask == FULL else "is_causal: false in config.json"
+        raise UsageError(
+            f"{asked}: {len(windows)} of the model's layers have a sliding window (sliding_window: {windows[0]}), "
+            f"which is supported with a causal mask alone; use --sp-mask causal, or a checkpoint without windows"
+        )
 
 
 def _check_strategy(args: argparse.Namespace, model: ModelConfig) -> None:
@@ -168,6 +205,7 @@ def _check_strategy(args: argparse.Namespace, model: ModelConfig) -> None:
                 num_ranks=args.sp_size,
                 num_heads=model.num_heads // args.tp_size,
                 num_kv_heads=model.num_kv_heads // args.tp_size,
+                causal=_is_causal(args, model),
                 redundant_kv=args.sp_redundant_kv,
             )
         except ValueError as error:
@@ -262,6 +300,7 @@ def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context
         options=_options(args),
         overlap=args.sp_overlap != "off",
         topology=args.sp_topology,
+        causal=_is_causal(args, model),
         redundant_kv=args.sp_redundant_kv,
         kernel=args.attention_backend,
         page_size=args.page_size,

@@ -61,10 +61,13 @@ async def live(request: Request) -> Response:
 
 @_route("GET POST", "/health_generate")
 async def health_generate(request: Request) -> Response:
-    """One token through the whole model."""
+    """One token through the whole model, generated or embedded."""
     service = _service(request)
     if (why := service.why_not_serving()) is not None:
         return json_response({"status": why}, 503)
+    if service.config.why_no_generation is not None:
+        await until_disconnect(request.receive, service.embedder.probe(1))
+        return json_response({"status": "ok"})
     body = CompletionRequest(prompt=msgspec.Raw(b"[0]"), max_tokens=1, ignore_eos=True)
     writer = await service.jobs.completion(body)
     await until_disconnect(request.receive, writer.whole(service.generator.run(writer.job)))
@@ -92,7 +95,7 @@ async def model_info(request: Request) -> Response:
         {
             "model_path": config.backend.model_path,
             "tokenizer_path": str(config.text.tokenizer_path),
-            "is_generation": True,
+            "is_generation": config.why_no_generation is None,
             "architecture": config.model.architecture,
             "vocab_size": config.model.vocab_size,
             "context_length": config.backend.context_length,

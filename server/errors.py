@@ -63,12 +63,12 @@ def invalid_json(error: Exception, param: str | None = None) -> ApiError:
     return invalid(f"The body is not valid JSON: {detail}", param, "invalid_json")
 
 
-def too_long(needs: int, fits: int) -> ApiError:
-    """Both phrases are matched by clients that recover by shortening the prompt."""
+def too_long(needs: int, fits: int, param: str = "prompt", hint: str = "") -> ApiError:
+    """Both phrases are matched by clients that recover by shortening the prompt. hint: what the operator can do."""
     return invalid(
         f"This model's maximum context length is {fits} tokens. The input ({needs} tokens) is longer than the "
-        f"model's context length ({fits} tokens).",
-        "prompt",
+        f"model's context length ({fits} tokens).{hint}",
+        param,
         "context_length_exceeded",
     )
 

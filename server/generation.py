@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -78,19 +78,35 @@ class Generator:
 
     async def run(self, job: Job) -> AsyncGenerator[Delta, None]:
         """Closing it early aborts what still runs."""
-        names = [job.id] if job.rid is None else [job.id, job.rid]
-        if job.rid in self._live:
-            raise invalid(f"Duplicate request ID {job.rid!r}: it is still running.", "rid")
-        ids = [f"{job.id}-{index}" for index in range(job.num_choices)]
-        self._live.update(dict.fromkeys(names, ids))
-        streams = [self._one(job, index) for index in range(job.num_choices)]
-        try:
+        with self._named(job.id, job.rid, [f"{job.id}-{index}" for index in range(job.num_choices)]):
+            streams = [self._one(job, index) for index in range(job.num_choices)]
             async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as deltas:
                 async for delta in deltas:
                     yield delta
+
+    async def embed(self, name: str, rid: str | None, requests: list[GenerateRequest]) -> list[Output]:
+        """The one output of each request, all of which embed. Cancelling it, or an error in one, aborts all."""
+        with self._named(name, rid, [request.request_id for request in requests]):
+            tasks = [asyncio.create_task(self._embed(request)) for request in requests]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    @contextmanager
+    def _named(self, name: str, rid: str | None, ids: list[str]) -> Iterator[None]:
+        """While they run, the scheduler's requests `ids` can be aborted under either name."""
+        names = [name] if rid is None else [name, rid]
+        if rid in self._live:
+            raise invalid(f"Duplicate request ID {rid!r}: it is still running.", "rid")
+        self._live.update(dict.fromkeys(names, ids))
+        try:
+            yield
         finally:
-            for name in names:
-                self._live.pop(name, None)
+            for each in names:
+                self._live.pop(each, None)
 
     def abort(self, name: str | None) -> int:
         """Ends the completions of a response id or rid; None: all. Returns how many."""
@@ -103,17 +119,34 @@ class Generator:
     async def _one(self, job: Job, index: int) -> AsyncGenerator[Delta, None]:
         request = job.request(index)
         choice = Choice(index, self._tokenizer, request.prompt, job.decoding.text)
+        async with self._outputs(request) as (outputs, clock):
+            async for output in outputs:
+                if output.finish_reason is FinishReason.ERROR:
+                    raise ApiError(500, output.error or "generation failed", headers=NO_RETRY)
+                delta = choice.add(output)
+                clock.saw(delta)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+
+    async def _embed(self, request: GenerateRequest) -> Output:
+        async with self._outputs(request) as (outputs, clock):
+            output = await anext(outputs)
+            if output.finish_reason is FinishReason.ERROR:
+                raise ApiError(500, output.error or "embedding failed", headers=NO_RETRY)
+            assert output.finish_reason is not None, "there is one output only"
+            clock.saw(Delta(0, finish_reason=output.finish_reason.value))
+            if output.finish_reason is FinishReason.ABORT:
+                raise ApiError(499, "The request was aborted.", code="aborted", headers=NO_RETRY)
+            return output
+
+    @asynccontextmanager
+    async def _outputs(self, request: GenerateRequest) -> AsyncGenerator[tuple[AsyncGenerator[Output, None], _Clock]]:
+        """Its outputs, and a clock for them; errors as the client shall see them."""
         clock = _Clock(self._metrics)
         try:
             async with aclosing(self._client.generate(request)) as outputs:
-                async for output in outputs:
-                    if output.finish_reason is FinishReason.ERROR:
-                        raise ApiError(500, output.error or "generation failed", headers=NO_RETRY)
-                    delta = choice.add(output)
-                    clock.saw(delta)
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
+                yield outputs, clock
         except Refused as refused:
             clock.closed = True
             raise self._as_api_error(refused) from refused

@@ -31,6 +31,7 @@ class JobReader:
         max_request_tokens: Callable[[], int],
     ) -> None:
         self._names = config.http.served_model_names
+        self._no_generation = config.why_no_generation
         self._tokenizer = tokenizer
         self._template = template
         self._max_request_tokens = max_request_tokens
@@ -39,7 +40,7 @@ class JobReader:
         self._sampling = SamplingReader(vocab_size, config.model.eos_ids, config.text.sampling_defaults)
 
     async def completion(self, body: CompletionRequest, explain: bool = False) -> Writer:
-        self.check_model(body.model)
+        self._check_generates(body.model)
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of must equal n: candidates are not ranked.", "best_of")
         if body.echo and body.logprobs is not None:
@@ -57,7 +58,7 @@ class JobReader:
         return self._writer(job, body, style)
 
     async def chat(self, body: ChatRequest, explain: bool = False) -> Writer:
-        self.check_model(body.model)
+        self._check_generates(body.model)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
         if body.tools and body.tool_choice != "none":
@@ -91,6 +92,11 @@ class JobReader:
     def check_model(self, name: str | None) -> None:
         if name and name != "default" and name not in self._names:
             raise model_not_found(name)
+
+    def _check_generates(self, name: str | None) -> None:
+        self.check_model(name)
+        if self._no_generation is not None:
+            raise invalid(self._no_generation, "model", "generation_not_supported")
 
     def _job(
         self,

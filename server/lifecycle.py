@@ -97,6 +97,9 @@ class _Lifecycle:
         service, config = self._service, self._service.config
         spread = 1024 if config.scheduler.sp_threshold is None else config.scheduler.sp_threshold + 1
         length = max(1, min(spread, LONGEST_WARMUP, service.max_request_tokens() - 2))
+        if config.why_no_generation is not None:
+            await service.embedder.probe(length)
+            return
         decoding = Decoding(Sampling(temperature=0.0), TextOptions(), frozenset(), 2, 0, 1)
         job = Job("warmup", [[index % config.model.vocab_size for index in range(length)]], decoding, [2])
         async for _ in service.generator.run(job):
@@ -107,10 +110,12 @@ class _Lifecycle:
         http = self._service.config.http
         host = f"[{http.host}]" if ":" in http.host else http.host
         url = f"http://{host}:{self._listener.getsockname()[1]}"
-        body = json.dumps({"model": self._service.model_name, "prompt": "def add(a, b):", "max_tokens": 32})
+        path, body = "completions", {"model": self._service.model_name, "prompt": "def add(a, b):", "max_tokens": 32}
+        if self._service.config.why_no_generation is not None:
+            path, body = "embeddings", {"model": self._service.model_name, "input": "def add(a, b):"}
         key = "" if http.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
         print(f"The server is fired up and ready to roll! {url}", flush=True)
-        print(f"curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
+        print(f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'", flush=True)
 
     def _on_interrupt(self) -> None:
         """Ctrl-C: somebody is waiting for the prompt, so running requests are cut short instead of finished."""

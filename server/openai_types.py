@@ -7,7 +7,7 @@ only several fields together decide (lengths, vocabulary, n against best_of) is 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -21,6 +21,7 @@ PROMPT_SCHEMA = {
         {"type": "array", "items": TOKEN_IDS},
     ]
 }
+RAW_FIELDS = {"prompt", "input"}
 NonNegative = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -67,6 +68,15 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     best_of: Positive | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     suffix: str | None = None
+
+
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    input: msgspec.Raw  # a string, token ids, or a list of either: see prompts.py
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Positive | None = None
+    rid: str | None = None
+    user: str | None = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -118,6 +128,6 @@ def json_schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
     """For /openapi.json: self-contained, except that references point into `components`."""
     (schema,), components = msgspec.json.schema_components([kind], ref_template="#/components/schemas/{name}")
     assert set(schema) == {"$ref"}
-    if kind is CompletionRequest:
-        components[kind.__name__]["properties"]["prompt"] = PROMPT_SCHEMA
+    for name in RAW_FIELDS.intersection(kind.__struct_fields__):
+        components[kind.__name__]["properties"][name] = PROMPT_SCHEMA
     return components

@@ -34,9 +34,10 @@ class Prompt:
 
 
 class PromptReader:
-    """Reads the `prompt` of a completion: a string, token ids, or a list of either."""
+    """Reads the `prompt` of a completion, or another field like it: a string, token ids, or a list of either."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, field: str = "prompt") -> None:
+        self._field = field
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         ids = list[Annotated[int, Meta(ge=0, lt=vocab_size)]]
@@ -48,11 +49,8 @@ class PromptReader:
     async def read(self, raw: msgspec.Raw) -> list[Prompt]:
         data = bytes(raw)
         prompts = await in_thread_if_long(len(data), lambda: self._prompts(data))
-        for prompt in prompts:
-            if not prompt.ids:
-                raise invalid("Prompt cannot be empty.", "prompt")
-        if not prompts:
-            raise invalid("Prompt cannot be empty.", "prompt")
+        if not prompts or not all(prompt.ids for prompt in prompts):
+            raise invalid(f"{self._field.capitalize()} cannot be empty.", self._field)
         return prompts
 
     def _prompts(self, data: bytes) -> list[Prompt]:
@@ -71,11 +69,11 @@ class PromptReader:
         try:
             return decoder.decode(data)
         except msgspec.ValidationError as error:
-            raise invalid(self._explain(str(error), decoder), "prompt") from None
+            raise invalid(self._explain(str(error), decoder), self._field) from None
         except ValueError as error:  # strings are only looked at here
-            raise invalid_json(error, "prompt") from None
+            raise invalid_json(error, self._field) from None
 
     def _explain(self, message: str, decoder: object) -> str:
         if decoder in (self._ids, self._id_lists) and ("<=" in message or ">=" in message):
             message += f"; token id out of vocabulary (its size is {self._vocab_size})"
-        return f"prompt: {message}"
+        return f"{self._field}: {message}"

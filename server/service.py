@@ -7,6 +7,7 @@ import time
 
 from server.chat_template import ChatTemplate
 from server.config import ServerConfig
+from server.embeddings import Embedder
 from server.errors import unavailable
 from server.generation import Client, Generator
 from server.jobs import JobReader
@@ -31,6 +32,7 @@ class Service:
         self.tokenizer = tokenizer
         self.metrics = Metrics(self.model_name, client.stats)
         self.generator = Generator(client, tokenizer, self.metrics, config.http.queue_full_status)
+        self.embedder = Embedder(config, tokenizer, self.generator, self.max_request_tokens)
         self.jobs = JobReader(config, tokenizer, template, self.max_request_tokens)
 
     def max_request_tokens(self) -> int:

@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from scheduler.request import Draining, FinishReason, GeneratedToken, GenerateRequest, Output, StepReport
 from scheduler.stats import LastChoice, PlanStats, RankStats, Stats
 from sp_backend.commands import TokenLogprob
@@ -16,6 +19,11 @@ NextToken = Callable[[GenerateRequest, int], int]
 def echo_token(request: GenerateRequest, position: int) -> int:
     """Repeats the prompt."""
     return request.prompt[position % len(request.prompt)]
+
+
+def states_of(request: GenerateRequest, size: int) -> NDArray[np.float32]:
+    """An embedding that tells the prompt: its tokens + 1, over and over."""
+    return np.resize(np.array(request.prompt, np.float32) + 1, size)
 
 
 @dataclass
@@ -29,6 +37,8 @@ class FakeClient:
     fail_after: int | None = None  # tokens, then an error output
     unhealthy: str | None = None
     tokens_per_output: int = 1
+    embedding_size: int = 256  # the embedded model's
+    embedding_scale: float = 1.0
     requests: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
@@ -58,6 +68,8 @@ class FakeClient:
 
     async def _outputs(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         made, name = 0, request.request_id
+        if request.pooling is not None:
+            yield self._embedded(request)
         while made < request.max_tokens:
             tokens = []
             for _ in range(self.tokens_per_output):
@@ -79,6 +91,19 @@ class FakeClient:
             steps = self._steps(request, made) if request.explain else []
             yield Output(name, tokens, last, cached_tokens=self.cached_tokens, steps=steps)
             await self._wait(self.token_seconds)
+
+    def _embedded(self, request: GenerateRequest) -> Output:
+        if self.fail_after is not None:
+            return Output(request.request_id, finish_reason=FinishReason.ERROR, error="rank 1 failed: out of memory")
+        if request.request_id in self._asked_to_abort:
+            return Output(request.request_id, finish_reason=FinishReason.ABORT)
+        return Output(
+            request.request_id,
+            finish_reason=FinishReason.STOP,
+            cached_tokens=self.cached_tokens,
+            steps=self._steps(request, 1) if request.explain else [],
+            embedding=self.embedding_scale * states_of(request, self.embedding_size),
+        )
 
     @staticmethod
     def _steps(request: GenerateRequest, made: int) -> list[StepReport]:
