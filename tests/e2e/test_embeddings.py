@@ -6,13 +6,16 @@ mask of zeros. Inputs are ragged, several share a step, and some are shorter tha
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.launched import LaunchedServer
 from scheduler.config import SchedulerConfig
 from sp_backend.commands import Pooling
 from sp_backend.config import BackendConfig
@@ -117,3 +120,25 @@ def test_the_oracle_agrees_with_is_causal_of_a_config(folder: Path) -> None:
     assert torch.allclose(oracle_states(model, INPUTS[0], causal=True), oracle_states(model, INPUTS[0], causal=False))
     config = ModelConfig.load(model)
     assert (config.architecture, config.causal, config.has_head) == ("Qwen3Model", False, False)
+
+
+def test_the_real_server_under_a_full_mask(folder: Path) -> None:
+    """With plans chosen by prediction for the links of this machine: HTTP, steps told, metrics."""
+    model = checkpoint(folder, "qwen3")
+    want = [states.mean(0).numpy() for states in (oracle_states(model, tokens, causal=False) for tokens in INPUTS)]
+    flags = ("--sp-size", "2", "--page-size", "8", "--max-total-tokens", "4096", "--sp-threshold", "24")
+    with LaunchedServer("--model-path", str(model), "--sp-mask", "full", "--pooling", "mean", *flags) as server:
+        answer = httpx.post(
+            f"{server.url}/v1/embeddings", json={"input": INPUTS}, headers={"X-SP-Explain": "1"}, timeout=60
+        ).json()
+        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=60)
+        metrics = httpx.get(f"{server.url}/metrics", timeout=10).text
+    for entry, states in zip(answer["data"], want, strict=True):
+        assert np.abs(np.array(entry["embedding"]) - states / np.linalg.norm(states)).max() <= 1e-5
+    steps = [part["steps"] for part in answer["sp_explain"]]
+    assert all(len(own) == 1 and own[0]["num_new"] == n for own, n in zip(steps, LENGTHS, strict=True))
+    assert {own[0]["plan"] for own, n in zip(steps, LENGTHS, strict=True) if n < THRESHOLD} == {"local"}
+    spread = {own[0]["plan"] for own, n in zip(steps, LENGTHS, strict=True) if n >= THRESHOLD}
+    assert "local" not in spread
+    assert all(re.search(rf'^sp:plan_num_tokens_total{{.*plan=".*{re.escape(plan)}', metrics, re.M) for plan in spread)
+    assert refused.status_code == 400 and "no language model head" in refused.json()["error"]["message"]

@@ -99,6 +99,17 @@ def test_ready_once_then_a_clean_end(start: Start, number: int, said: str) -> No
     assert "max_total_num_tokens=12800" in errors and said in errors
 
 
+def test_a_server_that_only_embeds_warms_up_and_says_how_to_use_it(start: Start) -> None:
+    process = start({}, "--sp-mask", "full")
+    ready, curl = process.output.splitlines()
+    assert ready.startswith(READY)
+    assert curl.startswith(f"curl {process.url}/v1/embeddings ") and '"input": ' in curl
+    answer = httpx.post(f"{process.url}/v1/embeddings", json=json.loads(curl.rpartition("-d ")[2].strip("'")))
+    assert len(answer.json()["data"]) == 1
+    process.signal(signal.SIGTERM)
+    assert process.end(5)[0] == 0
+
+
 def test_running_requests_finish_and_new_ones_are_refused(start: Start) -> None:
     process = start({"token_seconds": 0.05})
     running = Background(process, max_tokens=30)

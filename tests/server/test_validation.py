@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.server.fake_client import FakeClient
 from tests.server.live import Live, live_server
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
 HTTP = httpx.Client(timeout=20)
 USER = [{"role": "user", "content": "x"}]
 
@@ -186,14 +186,15 @@ JSON = st.recursive(
 FIELDS = (
     "prompt messages model max_tokens max_completion_tokens min_tokens temperature top_p top_k min_p seed n stop "
     "stop_token_ids ignore_eos presence_penalty repetition_penalty logit_bias logprobs top_logprobs echo best_of "
-    "stream stream_options response_format rid user tools tool_choice chat_template_kwargs continue_final_message"
+    "stream stream_options response_format rid user tools tool_choice chat_template_kwargs continue_final_message "
+    "input encoding_format dimensions"
 ).split()
 
 
-@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.sampled_from([COMPLETIONS, CHAT]))
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.sampled_from([COMPLETIONS, CHAT, EMBEDDINGS]))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_body_makes_a_server_error(live: Live, fields: dict[str, Any], path: str) -> None:
-    body = {"prompt": "x", "messages": USER, "max_tokens": 1, **fields}
+    body = {"prompt": "x", "messages": USER, "input": "x", "max_tokens": 1, **fields}
     response = post(live, path, body)
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
