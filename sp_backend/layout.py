@@ -160,6 +160,14 @@ class Layout:
         new = list(range(self.num_new)) if self.redundant_kv else self._new_of(rank)
         return new if self.history == "none" else [*new, self.history_of(rank)]
 
+    def all_q(self) -> list[list[int]]:
+        """q_of every rank."""
+        return [self.q_of(r) for r in range(self.num_ranks)]
+
+    def all_kv(self) -> list[list[int]]:
+        """kv_of every rank."""
+        return [self.kv_of(r) for r in range(self.num_ranks)]
+
     def _new_of(self, rank: int) -> list[int]:
         """The chunks of new tokens that a rank owns."""
         if self.kind != "zigzag":

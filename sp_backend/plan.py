@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sp_backend.layout import CAUSAL, EMPTY, KV, STATE, Block, Layout, Mask, Q
+from sp_backend.layout import CAUSAL, Block, Layout, Mask
 
 
 class PlanError(ValueError):
@@ -52,7 +52,7 @@ class RankRound(NamedTuple):
 class Plan:
     name: str
     layout: Layout
-    rounds: tuple[Round, ...]
+    rounds: Sequence[Round]  # of strategies: columns.Rounds, which makes the objects when somebody looks
     _by_rank: list[tuple[RankRound, ...]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def for_rank(self, rank: int) -> tuple[RankRound, ...]:
@@ -116,98 +116,3 @@ def _suffix(block: Block, layout: Layout) -> str:
 
 def _piece(block: Block) -> str:
     return "" if block.piece == (0, 1) else f"({block.piece[0]}/{block.piece[1]})"
-
-
-def visible(layout: Layout, rank: int, qs: Iterable[Block], kvs: Sequence[Block]) -> list[Attend]:
-    """An Attend for every pair of the given blocks whose mask is not empty."""
-    pairs = ((q, kv, layout.mask(q.chunk, kv.chunk)) for q in qs for kv in kvs)
-    return [Attend(rank, q, kv, mask) for q, kv, mask in pairs if mask != EMPTY]
-
-
-def replicate(plan: Plan, layout: Layout) -> Plan:
-    """The plan of one group, run by every group of a layout at once: the same rounds on other ranks and chunks."""
-    rounds: list[Round] = [Round()] * len(plan.rounds)
-    for group in range(layout.num_groups):
-        rename = _Renaming(plan.layout, layout, group)
-        for i, r in enumerate(plan.rounds):
-            transfers = (Transfer(rename.block(t.block), rename.rank(t.src), rename.rank(t.dst)) for t in r.transfers)
-            attends = (Attend(rename.rank(a.rank), rename.block(a.q), rename.block(a.kv), a.mask) for a in r.attends)
-            rounds[i] = Round((*rounds[i].transfers, *transfers), (*rounds[i].attends, *attends))
-    return Plan(plan.name, layout, tuple(rounds))
-
-
-@dataclass(frozen=True, slots=True)
-class _Renaming:
-    """Ranks and blocks of a group, as the layout of all groups calls them."""
-
-    inner: Layout
-    outer: Layout
-    group: int
-
-    def rank(self, rank: int) -> int:
-        return self.group * self.inner.num_ranks + rank
-
-    def block(self, block: Block) -> Block:
-        if block.chunk < self.inner.num_new:
-            return block._replace(chunk=self.group * self.inner.num_new + block.chunk)
-        return block._replace(chunk=self.outer.history_of(self.rank(self.inner.owner(block.chunk))))
-
-
-def complete(plan: Plan) -> Plan:
-    """Add what a strategy leaves undelivered of the keys that every rank has to keep.
-
-    In round t, from the second one on, rank r sends its own to rank r+t: never on a link that Q takes down a ring.
-    """
-    layout, ranks, rounds = plan.layout, plan.layout.num_ranks, list(plan.rounds)
-    if layout.history != "copies":
-        return plan
-    arriving = {(t.dst, t.block.chunk) for r in rounds for t in r.transfers if layout.keeps(t.block)}
-    rounds += [Round()] * (ranks - len(rounds))
-    for step in range(1, ranks):
-        links = ((r, (r + step) % ranks, c) for r in range(ranks) for c in layout.kv_of(r) if c < layout.num_new)
-        missing = [Transfer(Block(KV, c, layout.all_heads), r, to) for r, to, c in links if (to, c) not in arriving]
-        rounds[step] = rounds[step]._replace(transfers=(*rounds[step].transfers, *missing))
-    return replace(plan, rounds=tuple(rounds))
-
-
-def prune(plan: Plan) -> Plan:
-    """Drop transfers that nobody uses, states that nobody computed, and rounds left empty.
-
-    Builders write the full schedule; what a mask makes useless goes here. On a downward ring under zigzag
-    this alone saves a quarter of the bytes.
-    """
-    return _drop_empty_states(_drop_unused(plan))
-
-
-def _drop_unused(plan: Plan) -> Plan:
-    used: dict[tuple[int, str, int], set[Block]] = defaultdict(set)  # what a rank reads in a later round
-    rounds = []
-    for r in reversed(plan.rounds):
-        live = [
-            t
-            for t in r.transfers
-            if t.block.operand == STATE
-            or plan.layout.keeps(t.block)
-            or any(t.block.holds(b) for b in used[t.dst, t.block.operand, t.block.chunk])
-        ]
-        for t in live:
-            used[t.src, t.block.operand, t.block.chunk].add(t.block)
-        for a in r.attends:
-            used[a.rank, Q, a.q.chunk].add(a.q)
-            used[a.rank, KV, a.kv.chunk].add(a.kv)
-        rounds.append(r._replace(transfers=tuple(live)))
-    return replace(plan, rounds=tuple(reversed(rounds)))
-
-
-def _drop_empty_states(plan: Plan) -> Plan:
-    filled: set[tuple[int, int, tuple[int, int]]] = set()  # slots with something in them
-    rounds = []
-    for r in plan.rounds:
-        live = [t for t in r.transfers if t.block.operand != STATE or (t.src, t.block.chunk, t.block.heads) in filled]
-        states = [t for t in live if t.block.operand == STATE]
-        filled -= {(t.src, t.block.chunk, t.block.heads) for t in states}
-        filled |= {(a.rank, a.q.chunk, a.q.heads) for a in r.attends}
-        filled |= {(t.dst, t.block.chunk, t.block.heads) for t in states}
-        if live or r.attends:
-            rounds.append(Round(tuple(live), r.attends))
-    return replace(plan, rounds=tuple(rounds))

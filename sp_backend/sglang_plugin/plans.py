@@ -16,7 +16,8 @@ from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry, predicted_bytes
 from sp_backend.kernels import get_kernel
 from sp_backend.measure import machine_of
-from sp_backend.plan import Plan, prune
+from sp_backend.plan import Plan
+from sp_backend.prune import prune
 from sp_backend.schedule import Schedule
 from sp_backend.strategies import plan_for
 from sp_backend.transport import Transport

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from sp_backend.check import check
 from sp_backend.layout import History, Kind, Layout
-from sp_backend.plan import Plan, PlanError, complete, prune, replicate
+from sp_backend.plan import Plan, PlanError
+from sp_backend.prune import complete, prune, replicate
 from sp_backend.strategies import (
     all_gather_kv,
     decode,

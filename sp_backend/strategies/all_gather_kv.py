@@ -6,22 +6,18 @@ grows with the number of ranks. The own KV is attended while the others' travels
 
 from __future__ import annotations
 
-from sp_backend.layout import KV, Block, Layout, Q
-from sp_backend.plan import Attend, Plan, Round, Transfer, visible
+import numpy as np
+
+from sp_backend.columns import Draft
+from sp_backend.layout import KV, Layout
+from sp_backend.plan import Plan
 
 
 def build(layout: Layout) -> Plan:
-    ranks, heads = range(layout.num_ranks), layout.all_heads
-    transfers: list[Transfer] = []
-    own: list[Attend] = []
-    others: list[Attend] = []
-    for r in ranks:
-        q = [Block(Q, c, heads) for c in layout.q_of(r)]
-        for s in ranks:
-            kv = [Block(KV, c, heads) for c in layout.kv_of(s)]
-            if s == r:
-                own += visible(layout, r, q, kv)
-            else:
-                others += visible(layout, r, q, kv)
-                transfers += [Transfer(b, s, r) for b in kv]
-    return Plan("all_gather_kv", layout, (Round(tuple(transfers), tuple(own)), Round((), tuple(others))))
+    ranks, kv, draft = range(layout.num_ranks), np.array(layout.all_kv()), Draft(layout)
+    receiver, sender = np.array([(r, s) for r in ranks for s in ranks if r != s], int).reshape(-1, 2).T
+    q = np.array(layout.all_q())
+    draft.send(KV, kv[sender], round=0, src=sender, dst=receiver)
+    draft.attend(q, kv, round=0, rank=ranks)
+    draft.attend(q[receiver], kv[sender], round=1, rank=receiver)
+    return Plan("all_gather_kv", layout, draft.rounds())

@@ -8,24 +8,21 @@ groups of heads, one a rank; there all are attended together, so that the cache 
 
 from __future__ import annotations
 
-from sp_backend.layout import KV, STATE, Block, Layout, Q
-from sp_backend.plan import Attend, Plan, Round, Transfer, visible
+import numpy as np
+
+from sp_backend.columns import Draft
+from sp_backend.layout import STATE, Layout, Q
+from sp_backend.plan import Plan
 
 
 def build(layout: Layout) -> Plan:
-    ranks = range(layout.num_ranks)
-    pairs = [(r, s) for r in ranks for s in ranks if r != s]
-
-    def attends(rank: int, source: int) -> list[Attend]:
-        heads = layout.heads_of(source)
-        q = [Block(Q, c, heads) for c in layout.q_of(source)]
-        own = [c for c in layout.kv_of(rank) if layout.owner(c) == rank]
-        return visible(layout, rank, q, [Block(KV, c, heads) for c in own])
-
-    gather = [Transfer(Block(Q, c, layout.heads_of(r)), r, s) for r, s in pairs for c in layout.q_of(r)]
-    scatter = [Transfer(Block(STATE, c, layout.heads_of(s)), r, s) for r, s in pairs for c in layout.q_of(s)]
-    own = [a for r in ranks for a in attends(r, r)]
-    others = [a for r, s in pairs for a in attends(r, s)]
-    first, second = ([], own + others) if layout.kind == "heads" else (own, others)
-    rounds = (Round(tuple(gather), tuple(first)), Round((), tuple(second)), Round(tuple(scatter), ()))
-    return Plan("decode", layout, rounds)
+    ranks, draft = range(layout.num_ranks), Draft(layout)
+    r, s = np.array([(r, s) for r in ranks for s in ranks if r != s], int).reshape(-1, 2).T
+    q, heads = np.array(layout.all_q()), np.array([layout.heads_of(rank) for rank in ranks]).T
+    kv = np.array([[c for c in layout.kv_of(rank) if layout.owner(c) == rank] for rank in ranks])
+    of_r, of_s = (heads[0][r], heads[1][r]), (heads[0][s], heads[1][s])
+    draft.send(Q, q[r], round=0, src=r, dst=s, heads=of_r)
+    draft.attend(q, kv, round=1 if layout.kind == "heads" else 0, rank=ranks, heads=(heads[0], heads[1]))
+    draft.attend(q[s], kv[r], round=1, rank=r, heads=of_s)
+    draft.send(STATE, q[s], round=2, src=r, dst=s, heads=of_s)
+    return Plan("decode", layout, draft.rounds())

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isqrt
 
-from sp_backend.layout import KV, Block, Layout, Q
-from sp_backend.plan import Attend, Plan, Round, Transfer, visible
+import numpy as np
+
+from sp_backend.columns import Draft
+from sp_backend.layout import KV, Layout
+from sp_backend.plan import Plan
 
 
 def build(layout: Layout, window_size: int | None = None) -> Plan:
     """window_size: None is the divisor of the number of ranks nearest to its square root, from below."""
-    ranks, heads = layout.num_ranks, layout.all_heads
+    ranks = layout.num_ranks
     fit = [w for w in range(1, ranks + 1) if ranks % w == 0]
     size = max(w for w in fit if w <= isqrt(ranks)) if window_size is None else window_size
     if size not in fit:
@@ -24,23 +27,17 @@ def build(layout: Layout, window_size: int | None = None) -> Plan:
             f"window_size (--sp-window-size): {ranks} ranks cannot be divided into windows of {size}; "
             f"sizes that fit: {', '.join(map(str, fit))}"
         )
-    windows, rounds = ranks // size, []
-    for outer in range(windows):
-        for inner in range(size):
-            transfers: list[Transfer] = []
-            attends: list[Attend] = []
-            for r in range(ranks):
-                window, i = divmod(r, size)
-                source = (window + outer) % windows * size + (i + inner) % size
-                q = [Block(Q, c, heads) for c in layout.q_of(r)]
-                kv = [Block(KV, c, heads) for c in layout.kv_of(source)]
-                attends += visible(layout, r, q, kv)
-                if inner < size - 1:
-                    transfers += [Transfer(b, r, window * size + (i - 1) % size) for b in kv]
-                if inner == 0 and outer < windows - 1:  # needed `size` rounds from now
-                    transfers += [Transfer(b, r, (window - 1) % windows * size + i) for b in kv]
-            rounds.append(Round(tuple(transfers), tuple(attends)))
-    return Plan("double_ring", layout, tuple(rounds))
+    windows, draft = ranks // size, Draft(layout)
+    outer, inner, r = np.indices((windows, size, ranks))
+    window, i = np.divmod(r, size)
+    source, when = (window + outer) % windows * size + (i + inner) % size, outer * size + inner
+    kv = np.array(layout.all_kv())[source]
+    draft.attend(np.array(layout.all_q())[r], kv, round=when, rank=r)
+    within, between = inner < size - 1, (inner == 0) & (outer < windows - 1)
+    draft.send(KV, kv[within], round=when[within], src=r[within], dst=(window * size + (i - 1) % size)[within])
+    following = (window - 1) % windows * size + i  # where it is needed `size` rounds from now
+    draft.send(KV, kv[between], round=when[between], src=r[between], dst=following[between])
+    return Plan("double_ring", layout, draft.rounds())
 
 
 def windows(num_ranks: int, num_heads: int) -> Iterator[dict[str, int]]:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sp_backend.layout import KV, Block, Layout, Q
-from sp_backend.plan import Attend, Plan, Round, Transfer, visible
+import numpy as np
+
+from sp_backend.columns import Draft
+from sp_backend.layout import KV, Layout
+from sp_backend.plan import Plan
 from sp_backend.strategies.cycles import check_cycles, edge_disjoint, node_cycles, stride_cycles
 from sp_backend.strategies.rings import Cycle, pass_kv, up
 
@@ -39,8 +42,12 @@ def build(
     wanted = min(most, _MOST_BY_DEFAULT) if num_rings is None else num_rings
     if not 1 <= wanted <= most:
         raise ValueError(f"num_rings (--sp-num-rings): 1 to {most} rings share no link here, not {num_rings}")
-    rounds = pass_kv(layout, there[:wanted]) if wanted <= len(there) else _exchange(layout, wanted)
-    return Plan("hamilton", layout, tuple(rounds))
+    draft = Draft(layout)
+    if wanted <= len(there):
+        pass_kv(draft, layout, there[:wanted])
+    else:
+        _exchange(draft, layout, wanted)
+    return Plan("hamilton", layout, draft.rounds())
 
 
 def ring_counts(num_ranks: int, num_heads: int) -> Iterator[dict[str, int]]:
@@ -68,23 +75,11 @@ def _of_nodes(num_ranks: int, ranks_per_node: int) -> tuple[Cycle, ...]:
     return node_cycles(num_ranks // ranks_per_node, ranks_per_node)
 
 
-def _exchange(layout: Layout, num_pieces: int) -> list[Round]:
+def _exchange(draft: Draft, layout: Layout, num_pieces: int) -> None:
     """In round j each rank sends piece j of its own KV to all others; own KV is attended in the first round."""
-    ranks, heads = range(layout.num_ranks), layout.all_heads
-    rounds = []
-    for j in range(num_pieces + 1):
-        transfers: list[Transfer] = []
-        attends: list[Attend] = []
-        for r in ranks:
-            q = [Block(Q, c, heads) for c in layout.q_of(r)]
-            if j == 0:
-                attends += visible(layout, r, q, [Block(KV, c, heads) for c in layout.kv_of(r)])
-            for s in ranks:
-                if s != r and j > 0:
-                    attends += visible(
-                        layout, r, q, [Block(KV, c, heads, (j - 1, num_pieces)) for c in layout.kv_of(s)]
-                    )
-                if s != r and j < num_pieces:
-                    transfers += [Transfer(Block(KV, c, heads, (j, num_pieces)), r, s) for c in layout.kv_of(r)]
-        rounds.append(Round(tuple(transfers), tuple(attends)))
-    return rounds
+    ranks, q, kv = range(layout.num_ranks), np.array(layout.all_q()), np.array(layout.all_kv())
+    r, s = np.array([(r, s) for r in ranks for s in ranks if r != s], int).reshape(-1, 2).T
+    piece = np.arange(num_pieces)[:, None]
+    draft.attend(q, kv, round=0, rank=ranks)
+    draft.attend(q[r], kv[s], round=piece + 1, rank=r, piece=(piece, num_pieces))
+    draft.send(KV, kv[r], round=piece, src=r, dst=s, piece=(piece, num_pieces))

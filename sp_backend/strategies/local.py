@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from sp_backend.layout import KV, Block, Layout, Q
-from sp_backend.plan import Plan, Round, visible
+from sp_backend.columns import Draft
+from sp_backend.layout import Layout
+from sp_backend.plan import Plan
 
 
 def build(layout: Layout) -> Plan:
-    heads, attends = layout.all_heads, []
-    for r in range(layout.num_ranks):
-        q = [Block(Q, c, heads) for c in layout.q_of(r)]
-        attends += visible(layout, r, q, [Block(KV, c, heads) for c in layout.kv_of(r)])
-    return Plan("local", layout, (Round((), tuple(attends)),))
+    draft = Draft(layout)
+    draft.attend(layout.all_q(), layout.all_kv(), round=0, rank=range(layout.num_ranks))
+    return Plan("local", layout, draft.rounds())

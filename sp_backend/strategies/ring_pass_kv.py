@@ -16,19 +16,25 @@ that carries both directions at full speed.
 
 from __future__ import annotations
 
+from sp_backend.columns import Draft
 from sp_backend.layout import Layout
 from sp_backend.plan import Plan
-from sp_backend.strategies.rings import down, pass_kv, up
+from sp_backend.strategies.rings import Cycle, down, pass_kv, up
 
 
 def build_down(layout: Layout) -> Plan:
-    return Plan("ring_pass_kv", layout, tuple(pass_kv(layout, [down(layout.num_ranks)])))
+    return _plan("ring_pass_kv", layout, [down(layout.num_ranks)])
 
 
 def build_up(layout: Layout) -> Plan:
-    return Plan("ring_pass_kv_up", layout, tuple(pass_kv(layout, [up(layout.num_ranks)])))
+    return _plan("ring_pass_kv_up", layout, [up(layout.num_ranks)])
 
 
 def build_both(layout: Layout) -> Plan:
-    cycles = [up(layout.num_ranks), down(layout.num_ranks)]
-    return Plan("ring_pass_kv_both", layout, tuple(pass_kv(layout, cycles)))
+    return _plan("ring_pass_kv_both", layout, [up(layout.num_ranks), down(layout.num_ranks)])
+
+
+def _plan(name: str, layout: Layout, cycles: list[Cycle]) -> Plan:
+    draft = Draft(layout)
+    pass_kv(draft, layout, cycles)
+    return Plan(name, layout, draft.rounds())

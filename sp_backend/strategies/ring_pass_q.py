@@ -6,30 +6,25 @@ price of more messages. Source: Meta's context parallelism for inference (arXiv 
 
 from __future__ import annotations
 
-from sp_backend.layout import KV, STATE, Block, Layout, Q
-from sp_backend.plan import Attend, Plan, Round, Transfer, visible
+import numpy as np
+
+from sp_backend.columns import Draft
+from sp_backend.layout import STATE, Layout, Q
+from sp_backend.plan import Plan
 
 
 def build(layout: Layout) -> Plan:
-    ranks = range(layout.num_ranks)
-    home = [Transfer(b, r, s) for r in ranks for s in ranks if s != r for b in states_of(layout, s)]
-    rounds = [Round(*pass_q(layout, t)) for t in ranks]
-    return Plan("ring_pass_q", layout, (*rounds, Round(tuple(home), ())))
+    ranks, draft = range(layout.num_ranks), Draft(layout)
+    pass_q(draft, layout)
+    src, dst = np.array([(r, s) for r in ranks for s in ranks if r != s], int).reshape(-1, 2).T
+    draft.send(STATE, np.array(layout.all_q())[dst], round=layout.num_ranks, src=src, dst=dst)
+    return Plan("ring_pass_q", layout, draft.rounds())
 
 
-def pass_q(layout: Layout, t: int) -> tuple[tuple[Transfer, ...], tuple[Attend, ...]]:
-    """Round t of Q going down the ring: rank r has that of rank r+t, attends with it and passes it on."""
-    ranks, heads = layout.num_ranks, layout.all_heads
-    transfers: list[Transfer] = []
-    attends: list[Attend] = []
-    for r in range(ranks):
-        q = [Block(Q, c, heads) for c in layout.q_of((r + t) % ranks)]
-        attends += visible(layout, r, q, [Block(KV, c, heads) for c in layout.kv_of(r)])
-        if t < ranks - 1:
-            transfers += [Transfer(b, r, (r - 1) % ranks) for b in q]
-    return tuple(transfers), tuple(attends)
-
-
-def states_of(layout: Layout, rank: int) -> list[Block]:
-    """The states that end on a rank."""
-    return [Block(STATE, c, layout.all_heads) for c in layout.q_of(rank)]
+def pass_q(draft: Draft, layout: Layout) -> None:
+    """Q goes down the ring: in round t rank r has that of rank r+t, attends with it and passes it on."""
+    number = layout.num_ranks
+    t, r = np.indices((number, number))
+    q = np.array(layout.all_q())[(r + t) % number]
+    draft.attend(q, np.array(layout.all_kv())[r], round=t, rank=r)
+    draft.send(Q, q[:-1], round=t[:-1], src=r[:-1], dst=(r[:-1] - 1) % number)

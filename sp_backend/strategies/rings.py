@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sp_backend.layout import KV, Block, Heads, Layout, Q
-from sp_backend.plan import Attend, Round, Transfer, visible
+import numpy as np
+
+from sp_backend.columns import Draft
+from sp_backend.layout import KV, Heads, Layout
 
 Cycle = tuple[int, ...]
 
@@ -22,38 +24,36 @@ def down(num_teams: int) -> Cycle:
     return tuple(-i % num_teams for i in range(num_teams))
 
 
-def pass_kv(layout: Layout, cycles: Sequence[Cycle]) -> list[Round]:
+def pass_kv(draft: Draft, layout: Layout, cycles: Sequence[Cycle]) -> None:
     """Rounds in which piece j of each rank's KV goes around cycles[j] of ranks, attended wherever it comes."""
-    return pass_kv_of_teams(layout, cycles, [[r] for r in range(layout.num_ranks)], [layout.all_heads])
+    pass_kv_of_teams(draft, layout, cycles, [[r] for r in range(layout.num_ranks)], [layout.all_heads])
 
 
 def pass_kv_of_teams(
-    layout: Layout, cycles: Sequence[Cycle], teams: Sequence[Sequence[int]], heads: Sequence[Heads]
-) -> list[Round]:
+    draft: Draft,
+    layout: Layout,
+    cycles: Sequence[Cycle],
+    teams: Sequence[Sequence[int]],
+    heads: Sequence[Heads],
+    first_round: int = 0,
+) -> None:
     """Rounds in which piece j of each team's KV goes around cycles[j] of teams.
 
     teams: the ranks of each team. heads: of the i-th rank of every team. In the first round each rank attends its
     team's KV whole.
     """
-    place = [{team: i for i, team in enumerate(cycle)} for cycle in cycles]
-    kv = [[c for r in team for c in layout.kv_of(r)] for team in teams]
-    rounds = []
-    for t in range(len(teams)):
-        transfers: list[Transfer] = []
-        attends: list[Attend] = []
-        for i, team in enumerate(teams):
-            queries = [c for r in team for c in layout.q_of(r)]
-            for slot, rank in enumerate(team):
-                h = heads[slot]
-                q = [Block(Q, c, h) for c in queries]
-                if t == 0:
-                    attends += visible(layout, rank, q, [Block(KV, c, h) for c in kv[i]])
-                for j, cycle in enumerate(cycles):
-                    source, peer = cycle[place[j][i] - t], cycle[(place[j][i] + 1) % len(cycle)]
-                    held = [Block(KV, c, h, (j, len(cycles))) for c in kv[source]]
-                    if t > 0:
-                        attends += visible(layout, rank, q, held)
-                    if t < len(teams) - 1:
-                        transfers += [Transfer(b, rank, teams[peer][slot]) for b in held]
-        rounds.append(Round(tuple(transfers), tuple(attends)))
-    return rounds
+    number, rings, order = len(teams), np.arange(len(cycles)), np.array(cycles)
+    ranks = np.array(teams)  # [team, slot]
+    q = np.array([[c for r in team for c in layout.q_of(r)] for team in teams])
+    kv = np.array([[c for r in team for c in layout.kv_of(r)] for team in teams])
+    of_slot = tuple(np.array(heads).T)  # [slot]
+    draft.attend(q[:, None], kv[:, None], round=first_round, rank=ranks, heads=of_slot)
+    # below: [round, team, slot, ring]
+    t, team = np.arange(number)[:, None, None, None], np.arange(number)[:, None, None]
+    rank, of_slot = ranks[:, :, None], tuple(x[:, None] for x in of_slot)
+    place = order.argsort(1)[rings, team]
+    source, peer = order[rings, (place - t) % number], order[rings, (place + 1) % number]
+    slot, when, piece = np.arange(ranks.shape[1])[:, None], first_round + t, (rings, len(cycles))
+    draft.attend(q[team], kv[source[1:]], round=when[1:], rank=rank, heads=of_slot, piece=piece)
+    to = ranks[peer, slot]
+    draft.send(KV, kv[source[:-1]], round=when[:-1], src=rank, dst=to, heads=of_slot, piece=piece)

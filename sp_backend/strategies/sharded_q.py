@@ -7,24 +7,24 @@ the new tokens' keys and values were computed everywhere, and only history trave
 
 from __future__ import annotations
 
-from sp_backend.layout import KV, Block, Layout, Q
-from sp_backend.plan import Plan, Round, Transfer, visible
+import numpy as np
+
+from sp_backend.columns import Draft
+from sp_backend.layout import KV, Layout
+from sp_backend.plan import Plan
 
 
 def build(layout: Layout) -> Plan:
-    ranks, rounds = layout.num_ranks, []
-    for t in range(ranks):
-        transfers, attends = [], []
-        for r in range(ranks):
-            heads, source, peer = layout.heads_of(r), (r - t) % ranks, (r + t + 1) % ranks
-            q = [Block(Q, c, heads) for c in layout.q_of(r)]
-            kv = layout.kv_of(r) if t == 0 else _shard(layout, source)
-            attends += visible(layout, r, q, [Block(KV, c, heads) for c in kv])
-            if t < ranks - 1:
-                wanted = layout.heads_of(peer)
-                transfers += [Transfer(Block(KV, c, wanted), r, peer) for c in _shard(layout, r)]
-        rounds.append(Round(tuple(transfers), tuple(attends)))
-    return Plan("sharded_q", layout, tuple(rounds))
+    number, draft = layout.num_ranks, Draft(layout)
+    heads = np.array([layout.heads_of(r) for r in range(number)]).T
+    q, shard = np.array(layout.all_q()), np.array([_shard(layout, r) for r in range(number)], int)
+    ranks = np.arange(number)
+    draft.attend(q, layout.all_kv(), round=0, rank=ranks, heads=(heads[0], heads[1]))
+    t, r = np.indices((number, number))[:, 1:]
+    draft.attend(q[r], shard[(r - t) % number], round=t, rank=r, heads=(heads[0][r], heads[1][r]))
+    to = (r + t) % number
+    draft.send(KV, shard[r], round=t - 1, src=r, dst=to, heads=(heads[0][to], heads[1][to]))
+    return Plan("sharded_q", layout, draft.rounds())
 
 
 def fits(num_ranks: int, num_heads: int) -> list[dict[str, int]]:

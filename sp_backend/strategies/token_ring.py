@@ -8,16 +8,18 @@ cached prefix. Source: TokenRing (arXiv 2412.20501).
 
 from __future__ import annotations
 
-from sp_backend.layout import Layout
-from sp_backend.plan import Plan, Round, Transfer
-from sp_backend.strategies.ring_pass_q import pass_q, states_of
+import numpy as np
+
+from sp_backend.columns import Draft
+from sp_backend.layout import STATE, Layout
+from sp_backend.plan import Plan
+from sp_backend.strategies.ring_pass_q import pass_q
 
 
 def build(layout: Layout) -> Plan:
-    ranks, rounds = layout.num_ranks, []
-    for t in range(ranks + 1):
-        transfers, attends = pass_q(layout, t) if t < ranks else ((), ())
-        home = [(r, (r + t - 1) % ranks) for r in range(ranks)] if t > 1 else []
-        states = [Transfer(b, r, owner) for r, owner in home for b in states_of(layout, owner)]
-        rounds.append(Round((*transfers, *states), attends))
-    return Plan("token_ring", layout, tuple(rounds))
+    number, draft = layout.num_ranks, Draft(layout)
+    pass_q(draft, layout)
+    t, r = np.indices((number, number))[:, 1:]  # computed in round t
+    owner = (r + t) % number
+    draft.send(STATE, np.array(layout.all_q())[owner], round=t + 1, src=r, dst=owner)
+    return Plan("token_ring", layout, draft.rounds())

@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isqrt
 
-from sp_backend.layout import KV, STATE, Block, Heads, Layout, Q
-from sp_backend.plan import Plan, Round, Transfer
+import numpy as np
+
+from sp_backend.columns import Draft, Rounds
+from sp_backend.layout import KV, STATE, Heads, Layout, Q
+from sp_backend.plan import Plan
 from sp_backend.strategies.rings import down, pass_kv_of_teams
 
 
@@ -52,19 +55,17 @@ def hybrids(num_ranks: int, num_heads: int) -> Iterator[dict[str, int | bool]]:
             yield {"ulysses_degree": degree, "ring_inside": True}
 
 
-def _rounds(layout: Layout, teams: list[list[int]]) -> tuple[Round, ...]:
-    heads = _divide_heads(layout, len(teams[0]))
-    trade, back = [], []
-    for team in teams:
-        for r in team:
-            for slot, s in enumerate(team):
-                if s == r:
-                    continue
-                trade += [Transfer(Block(Q, c, heads[slot]), r, s) for c in layout.q_of(r)]
-                trade += [Transfer(Block(KV, c, heads[slot]), r, s) for c in layout.kv_of(r)]
-                back += [Transfer(Block(STATE, c, heads[slot]), s, r) for c in layout.q_of(r)]
-    ring = pass_kv_of_teams(layout, [down(len(teams))], teams, heads)
-    return Round(tuple(trade), ()), *ring, Round(tuple(back), ())
+def _rounds(layout: Layout, teams: list[list[int]]) -> Rounds:
+    size, draft = len(teams[0]), Draft(layout)
+    heads = _divide_heads(layout, size)
+    trades = [(team[i], team[j], *heads[j]) for team in teams for i in range(size) for j in range(size) if i != j]
+    owner, peer, lo, hi = np.array(trades, int).reshape(-1, 4).T
+    q, kv = np.array(layout.all_q())[owner], np.array(layout.all_kv())[owner]
+    draft.send(Q, q, round=0, src=owner, dst=peer, heads=(lo, hi))
+    draft.send(KV, kv, round=0, src=owner, dst=peer, heads=(lo, hi))
+    pass_kv_of_teams(draft, layout, [down(len(teams))], teams, heads, first_round=1)
+    draft.send(STATE, q, round=len(teams) + 1, src=peer, dst=owner, heads=(lo, hi))
+    return draft.rounds()
 
 
 def _divide_heads(layout: Layout, size: int) -> list[Heads]:

@@ -13,8 +13,9 @@ from sp_backend.geometry import Geometry, predicted_bytes, query_key_pairs
 from sp_backend.kernels import Attention, Work, get_kernel
 from sp_backend.kernels.reference import kernel as reference
 from sp_backend.layout import KV, Block, Kind, Layout
-from sp_backend.plan import Plan, prune
+from sp_backend.plan import Plan
 from sp_backend.program import compile_rank
+from sp_backend.prune import prune
 from sp_backend.state import AttentionState
 from sp_backend.strategies import STRATEGIES, plan_for, prove, variants
 from sp_backend.transport.lockstep import LockstepNetwork

@@ -2,7 +2,8 @@ import subprocess
 import sys
 
 from sp_backend.layout import KV, STATE, Block, Layout, Q
-from sp_backend.plan import Attend, Plan, Round, Transfer, prune, visible
+from sp_backend.plan import Attend, Plan, Round, Transfer
+from sp_backend.prune import prune
 from sp_backend.strategies import STRATEGIES, plan_for, ring_pass_kv
 
 SIZES = {"num_heads": 4, "num_kv_heads": 2}
@@ -71,7 +72,6 @@ def test_prune_drops_what_no_query_sees() -> None:
 def test_prune_drops_states_nobody_computed_and_rounds_left_empty() -> None:
     layout = Layout(2, "home", 4, 2, history="none")
     q, kv = Block(Q, 0, (0, 4)), Block(KV, 0, (0, 4))
-    attend = Round((), tuple(visible(layout, 0, [q], [kv])))
+    attend = Round((), (Attend(0, q, kv, "causal"),))
     useless = Round((Transfer(q, 0, 1), Transfer(Block(STATE, 0, (0, 4)), 1, 0)), ())
-    assert attend.attends == (Attend(0, q, kv, "causal"),)
     assert prune(Plan("p", layout, (useless, attend, useless))).rounds == (attend,)
