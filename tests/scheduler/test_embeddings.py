@@ -108,10 +108,27 @@ def test_refused(request_: GenerateRequest, causal: bool, message: str) -> None:
         make_harness(causal=causal).controller.submit(request_)
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_half_way_retracted_it_begins_again(pooling: Pooling, prefix_cache: bool) -> None:
+    """Four streams outgrow the room that was left to them, while the embedding of 800 tokens goes 4 at a time."""
+    config = SchedulerConfig(chunked_prefill_size=4, prefix_cache=prefix_cache)
+    it = make_harness(config, pages_per_rank=340)
+    prompts = {f"stream {i}": [i, i, i, i] for i in range(4)}
+    for name, prompt in prompts.items():
+        it.submit(name, prompt, 220)
+    embedded = random_prompt(random.Random(0), 800)
+    embed(it, "embedded", embedded, pooling)
+    it.run()
+    assert it.controller.stats().num_retractions == 1
+    check_embedding(it, "embedded", embedded, pooling)
+    assert all(it.tokens[name] == expected_tokens(prompt, 220) for name, prompt in prompts.items())
+
+
 @pytest.mark.parametrize(("sp_size", "layout"), MESHES)
 @pytest.mark.parametrize("seed", range(8))
 def test_beside_generation_on_small_pools(sp_size: int, layout: str, seed: int) -> None:
-    """Retractions, prefix hits and cut prompts change no embedding, and embeddings change no token."""
+    """Prefix hits and cut prompts change no embedding, and embeddings change no token."""
     rng = random.Random(seed)
     config = SchedulerConfig(
         max_running_requests=rng.choice([3, 8, 64]),
