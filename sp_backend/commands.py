@@ -15,6 +15,7 @@ import msgspec
 from sp_backend.config import BackendConfig
 from sp_backend.topology import Machine
 
+LOCAL = "local"  # the plan of sequences that lie on one rank: nothing is exchanged
 UNKNOWN = (-1).to_bytes(4, "little", signed=True)  # as a token id: the one drawn for the request one step earlier
 Pooling = Literal["last", "mean"]  # of the hidden states of a prompt's last token, or of all its tokens
 

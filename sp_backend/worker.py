@@ -24,6 +24,7 @@ from sp_backend.batch import BatchBuilder, LocalBatch
 from sp_backend.buffers import BufferPool
 from sp_backend.catalog import planner_for, plans_for, shape_of
 from sp_backend.commands import (
+    LOCAL,
     Failure,
     Loading,
     PooledStates,
@@ -156,6 +157,10 @@ class Worker:
     def forward(self, step: Step) -> tuple[LocalBatch, torch.Tensor]:
         """Lay the step out and run the model: this rank's rows and their hidden states [n, hidden]."""
         batch = self._builder.build(fill_in(step, self._drawn | self._moved(step.moved)))
+        if not len(batch.tokens) and all(group.plan == LOCAL for group in step.groups):
+            return batch, torch.empty(
+                0, self.decoder.config.hidden_size, device=batch.tokens.device
+            )  # nobody waits for this rank
         attention = StepAttention(batch, self._cache, self._executors, self.decoder.config.windows)
         return batch, self.decoder.forward(batch.tokens, batch.positions, attention)
 
