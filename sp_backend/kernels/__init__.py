@@ -108,6 +108,7 @@ Kernel = Callable[[Work], Attention]
 KERNELS: dict[str, str] = {  # name -> module that has `kernel: Kernel`, imported when asked for
     "reference": "sp_backend.kernels.reference",
     "torch_cpu": "sp_backend.kernels.torch_cpu",
+    "native": "sp_backend.kernels.native",
 }
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sp_backend.kernels import HeadMap, HeadRun, Span, Work, get_kernel
 from sp_backend.state import AttentionState
 
-FAST = ["torch_cpu"]
+FAST = ["torch_cpu", "native"]
 
 
 def make_work(
