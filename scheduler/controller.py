@@ -233,13 +233,20 @@ class Controller:
     def _await_results(self) -> list[StepResult] | None:
         """None if the controller is being closed."""
         step = self._in_flight[0]
-        results = self._poll_until(step.began + self._config.watchdog_timeout)
+        patience = self._patience(step.planned)
+        results = self._poll_until(step.began + patience)
         if results is None and not self._closing:
             raise WorkerFailed(
                 f"a {step.planned.kind} step of {step.planned.num_new} tokens took longer than the watchdog's "
-                f"{self._config.watchdog_timeout:g} s"
+                f"{patience:g} s"
             )
         return results
+
+    def _patience(self, planned: PlannedStep) -> float:
+        """Seconds that a step may take: a prompt that may not be cut gets those of the chunks it would be cut into."""
+        most = self._config.chunked_prefill_size
+        num_chunks = planned.num_new / most if planned.kind == "prefill" and most > 0 else 1.0
+        return self._config.watchdog_timeout * max(1.0, num_chunks)
 
     def _poll_until(self, deadline: float) -> list[StepResult] | None:
         """The oldest step's results; None if they are not there by then, or the controller is being closed."""

@@ -26,7 +26,7 @@ MAX_INPUTS = 2048  # of one request, as OpenAI's
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingJob:
-    """What one HTTP request asks for."""
+    """What one HTTP request asks for, checked."""
 
     id: str
     inputs: list[list[int]]
@@ -59,9 +59,10 @@ class Embedder:
         inputs = await self._inputs.read(body.input)
         if len(inputs) > MAX_INPUTS:
             raise invalid(f"input: {len(inputs)} inputs in one request; at most {MAX_INPUTS} are taken.", "input")
+        fits = self._max_request_tokens()
         return EmbeddingJob(
             id=f"embd-{uuid.uuid4().hex}",
-            inputs=[self._ids(prompt) for prompt in inputs],
+            inputs=[self._ids(prompt, fits) for prompt in inputs],
             dimensions=body.dimensions,
             base64=body.encoding_format == "base64",
             rid=body.rid,
@@ -96,13 +97,12 @@ class Embedder:
         ids = [index % self._config.model.vocab_size for index in range(length)]
         await self.run(EmbeddingJob(f"probe-{uuid.uuid4().hex}", [ids], None, False, None, False), "")
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt, fits: int) -> list[int]:
         if prompt.text == "":
             raise invalid("input: an empty string cannot be embedded.", "input")
         ids = prompt.ids
         if prompt.text is not None and self._appended is not None:
             ids = [*ids, self._appended]
-        fits = self._max_request_tokens()
         if len(ids) > fits:
             raise too_long(len(ids), fits, "input", self._how_to_fit(fits))
         return ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -203,6 +204,19 @@ def test_short_ones_share_a_step_up_to_the_chunk_size_and_a_longer_one_is_alone(
     it.run()
     told = [[s.num_new for group in step.groups for s in group.sequences] for step in it.workers.steps]
     assert told == [[8, 8], [9], [30], [8]]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "error"), [(100, None), (130, "a prefill step of 64 tokens took longer than .*120 s")]
+)
+def test_the_watchdog_waits_as_for_the_chunks_that_a_prompt_would_be_cut_into(seconds: int, error: str | None) -> None:
+    """A client cannot end the server with a long input that other masks would allow."""
+    config = SchedulerConfig(chunked_prefill_size=16, watchdog_timeout=30.0)
+    it = make_harness(config, 100, seconds=lambda tokens, pairs: seconds, causal=False)
+    embed(it, "long", [1] * 64, "mean")
+    it.controller.step()
+    failure = it.controller.healthy()
+    assert failure is None if error is None else re.fullmatch(f".*{error}", str(failure))
 
 
 def test_nothing_is_cached_under_a_full_mask() -> None:

@@ -56,6 +56,8 @@ def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--enable-log-requests", "log_requests", True),
         ("--served-model-name a b", "served_model_name", ["a", "b"]),
         ("--port 0", "port", 0),
+        ("--sp-mask full", "sp_mask", "full"),
+        ("--pooling mean", "pooling", "mean"),
     ],
 )
 def test_names_that_users_type(words: str, name: str, value: object) -> None:

@@ -218,11 +218,13 @@ def embedding_folder(folder: Path, **fields: Any) -> Path:
     return make_checkpoint(folder, "qwen3", num_layers=1, head=False, **fields)
 
 
-def write_pooling(folder: Path, pooling: dict[str, Any], *more: str) -> Path:
+def write_pooling(
+    folder: Path, pooling: dict[str, Any], *more: str, package: str = "sentence_transformers.models"
+) -> Path:
     """As sentence-transformers saves a model."""
     kinds = ["Transformer", "Pooling", *more, "Normalize"]
     modules = [
-        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"{package}.{kind}"}
         for i, kind in enumerate(kinds)
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
@@ -290,6 +292,12 @@ def test_pooling_is_what_the_folder_says_unless_told(
 ) -> None:
     folder = write_pooling(embedding_folder(tmp_path), pooling)
     assert configured(folder, *flags.split()).pooling == expected
+
+
+def test_a_folder_of_sentence_transformers_6(tmp_path: Path) -> None:
+    package = "sentence_transformers.sentence_transformer.modules.pooling"
+    pooling = {"embedding_dimension": 192, "pooling_mode": "mean", "include_prompt": True}
+    assert configured(write_pooling(embedding_folder(tmp_path), pooling, package=package)).pooling == "mean"
 
 
 def test_pooling_of_a_folder_that_says_nothing(tmp_path: Path) -> None:
