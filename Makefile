@@ -1,15 +1,23 @@
-# `make serve` starts the server with the embedded model; `make test` and `make check` are what CI runs.
+# `make serve` starts the server with the embedded model; CI runs `make check`, `make test` and `make test-sglang`.
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip
 SERVE_ARGS ?= --sp-size 2
+SGLANG_VENV := .venv-sglang
+SGLANG_PYTEST := PYTHONPATH=tests/sglang/shims $(SGLANG_VENV)/bin/python -m pytest tests/sglang
 
-.PHONY: serve test check clean
+.PHONY: serve test test-sglang test-sglang-all check clean
 serve: $(VENV)/.serve
 	$(VENV)/bin/python -m server.launch $(SERVE_ARGS)
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest
+
+test-sglang: $(SGLANG_VENV)/.ready  # the plugin in a real SGLang; its environment is 2.6 GB
+	$(SGLANG_PYTEST) -m "not matrix"
+
+test-sglang-all: $(SGLANG_VENV)/.ready  # every model, strategy and number of ranks: most of an hour on 2 cores
+	$(SGLANG_PYTEST) --timeout 900
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
@@ -23,5 +31,12 @@ $(VENV)/.dev: $(VENV)/.serve
 	$(PIP) install -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(SGLANG_VENV)/.ready: pyproject.toml tests/sglang/requirements.txt tests/sglang/cpu_platform/pyproject.toml
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install torch==2.13.0
+	$(SGLANG_VENV)/bin/python -m pip install --no-deps -r tests/sglang/requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install --no-deps --no-build-isolation -e . -e tests/sglang/cpu_platform
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info

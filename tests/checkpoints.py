@@ -72,7 +72,7 @@ FAMILIES = {
 
 def make_checkpoint(
     folder: Path,
-    family: str,
+    family: str | Family,
     *,
     num_heads: int = 12,
     num_kv_heads: int = 4,
@@ -89,7 +89,7 @@ def make_checkpoint(
 
     head: False saves the inner model, as embedding models are: other architecture, names without "model.".
     """
-    kind = FAMILIES[family]
+    kind = FAMILIES[family] if isinstance(family, str) else family
     tokenizer = _train_tokenizer()
     end, turn = tokenizer.token_to_id(END), tokenizer.token_to_id(TURN)
     hidden_size = hidden_size or num_heads * HEAD_DIM

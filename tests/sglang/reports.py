@@ -5,6 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+ROUNDS = {  # of each plan: those in which a rank sends or receives, over P ranks
+    "ring_pass_kv": lambda size: size - 1,
+    "ring_pass_kv_both": lambda size: size - 1,
+    "all_gather_kv": lambda size: 1,
+    "token_ring": lambda size: size + 1,  # P-1 for Q, and states leave one after they were computed
+    "ring_pass_q": lambda size: size + 1,  # P-1 for Q, one more for keys to keep, one for states
+}
 _LINE = re.compile(
     r"(?P<name>sp_\w+): rank (?P<rank>\d+), (?P<new>\d+) new and (?P<cached>\d+) cached tokens of (?P<prompts>\d+) "
     r"prompts, (?P<plan>\w+): (?P<rounds>\d+) rounds in each of (?P<layers>\d+) layers, sent (?P<sent>[\d.]+) MB, of "

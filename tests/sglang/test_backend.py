@@ -6,15 +6,9 @@ import pytest
 
 from tests.ranks import run_on_ranks
 from tests.sglang.pools import LAYERS, Prompt, compare
+from tests.sglang.reports import ROUNDS
 
 NAMES = ["sp_ring_pass_kv", "sp_token_ring", "sp_ring_pass_q", "sp_auto"]
-ROUNDS = {  # in which a rank sends or receives, over P ranks
-    "ring_pass_kv": lambda size: size - 1,
-    "ring_pass_kv_both": lambda size: size - 1,
-    "all_gather_kv": lambda size: 1,
-    "token_ring": lambda size: size + 1,  # its states leave a round after they were computed
-    "ring_pass_q": lambda size: size + 1,  # keys to keep go out while the last Q is attended
-}
 BATCHES = {
     "ragged": [Prompt(37), Prompt(8), Prompt(130)],
     "cached": [Prompt(37, 64), Prompt(9, 3), Prompt(64), Prompt(8, 129)],
