@@ -32,8 +32,8 @@ class SPAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang has 
         """name: a key of BACKENDS. All ranks of the CP group make theirs at the same time."""
         super().__init__()
         self.name = name
-        self._pool = runner.token_to_kv_pool
-        self._req_to_token: Tensor = runner.req_to_token_pool.req_to_token
+        self.token_to_kv_pool = runner.token_to_kv_pool  # by these names SGLang finds the pools
+        self.req_to_token_pool = runner.req_to_token_pool
         layers = attention_layers(runner)
         layer = layers[0]
         self._last_layer = max(x.layer_id for x in layers)
@@ -54,6 +54,11 @@ class SPAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang has 
         self._layers_run = 0
         logger.info("%s: rank %d of %d CP ranks", name, transport.rank, transport.size)
 
+    @property
+    def bytes_sent(self) -> int:
+        """For the attention of sharded prompts, by this rank, since this was made."""
+        return self._plans.bytes_sent
+
     def support_triton(self) -> bool:
         return False
 
@@ -61,12 +66,12 @@ class SPAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang has 
         self._sharded = self._whole = None
         if is_cp_active(forward_batch):
             transport = self._plans.transport
-            rows = CPRows.of(forward_batch, self._req_to_token, transport.size, transport.rank)
+            rows = CPRows.of(forward_batch, self.req_to_token_pool.req_to_token, transport.size, transport.rank)
             prepared = self._plans.prepare(rows.geometry)
             self._sharded, self._layers_run = (rows, prepared), 0
-            self._sent_before = prepared.executor.counters.bytes_sent
+            self._sent_before = self.bytes_sent
         else:
-            whole = WholeRows.of(forward_batch, self._req_to_token)
+            whole = WholeRows.of(forward_batch, self.req_to_token_pool.req_to_token)
             self._whole = whole, self._kernel(self._work(whole))
 
     def forward_extend(
@@ -111,7 +116,7 @@ class SPAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang has 
         assert self._whole is not None, "init_forward_metadata comes first"
         rows, attend = self._whole
         if save_kv_cache and k is not None:
-            self._pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc), k, v)
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc), k, v)
         q = q.reshape(-1, self._shape.num_heads, self._shape.head_dim)
         out = torch.zeros_like(q)
         out[: rows.num_rows] = attend(q[: rows.num_rows], self._gather(layer, rows.slots)).out
@@ -130,14 +135,16 @@ class SPAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang has 
 
     def _gather(self, layer: Any, slots: Tensor) -> Tensor:
         """[slots, 2, kv_heads, head_dim] from the pool, which keeps keys and values apart."""
-        kv = torch.empty(len(slots), 2, self._shape.num_kv_heads, self._shape.head_dim, dtype=self._pool.dtype)
-        torch.index_select(self._pool.get_key_buffer(layer.layer_id), 0, slots, out=kv[:, 0])
-        torch.index_select(self._pool.get_value_buffer(layer.layer_id), 0, slots, out=kv[:, 1])
+        kv = torch.empty(
+            len(slots), 2, self._shape.num_kv_heads, self._shape.head_dim, dtype=self.token_to_kv_pool.dtype
+        )
+        torch.index_select(self.token_to_kv_pool.get_key_buffer(layer.layer_id), 0, slots, out=kv[:, 0])
+        torch.index_select(self.token_to_kv_pool.get_value_buffer(layer.layer_id), 0, slots, out=kv[:, 1])
         return kv
 
     def _store(self, layer: Any, slots: Tensor, kv: Tensor) -> None:
         """kv: [slots, 2, kv_heads, head_dim]."""
-        self._pool.set_kv_buffer(layer, KVWriteLoc(slots), kv[:, 0], kv[:, 1])
+        self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(slots), kv[:, 0], kv[:, 1])
 
     def _report(self, rows: CPRows, prepared: Prepared) -> None:
         """One line a prompt batch and rank, as SGLang has one a batch."""
@@ -153,6 +160,6 @@ class SPAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang has 
             executor.plan.name,
             prepared.num_rounds,
             layers,
-            (executor.counters.bytes_sent - self._sent_before) / 1e6,
+            (self.bytes_sent - self._sent_before) / 1e6,
             layers * prepared.copy_bytes / 1e6,
         )

@@ -69,6 +69,11 @@ class GroupPlans:
             self._costs = {name: PlanCost(e.plan, machine, shape) for name, e in self._executors.items()}
         self._prepare = lru_cache(maxsize=32)(self._prepare_rows)
 
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank, since these were made."""
+        return sum(executor.counters.bytes_sent for executor in self._executors.values())
+
     def prepare(self, geometry: Geometry) -> Prepared:
         """Collective when it meets sizes for the first time, which is on all ranks in the same call."""
         return self._prepare(tuple(map(tuple, geometry.rows)))

@@ -44,8 +44,11 @@ def _problems(runner: Any) -> Iterator[str]:
         )
     yield from _parallel_problems(runner)
     yield from _model_problems(runner)
-    for layer in attention_layers(runner):
+    layers = attention_layers(runner)
+    for layer in layers:
         yield from _layer_problems(layer)
+    if len({(x.tp_q_head_num, x.tp_k_head_num, x.qk_head_dim, x.scaling) for x in layers}) != 1:
+        yield "attention layers differ in their heads or scaling; one plan has to fit all"
     yield from _cache_problems(runner)
 
 

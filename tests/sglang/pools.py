@@ -17,6 +17,7 @@ from sglang.srt.layers.cp.utils import get_cp_strategy, is_cp_active, prepare_cp
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
@@ -40,12 +41,21 @@ class Memory:
     tokens: MHATokenToKVPool
 
     @classmethod
-    def make(cls, lengths: Sequence[int], page_size: int, generator: torch.Generator) -> Memory:
+    def make(
+        cls,
+        lengths: Sequence[int],
+        page_size: int,
+        generator: torch.Generator,
+        *,
+        num_kv_heads: int = KV_HEADS,
+        head_dim: int = HEAD_DIM,
+        num_layers: int = LAYERS,
+    ) -> Memory:
         pages = [-(-n // page_size) for n in lengths]
         size = (sum(pages) + 3) * page_size
         requests = ReqToTokenPool(len(lengths), max(lengths) + 1, "cpu", enable_memory_saver=False)
         tokens = MHATokenToKVPool(
-            size, page_size, torch.float32, KV_HEADS, HEAD_DIM, LAYERS, "cpu", enable_memory_saver=False
+            size, page_size, torch.float32, num_kv_heads, head_dim, num_layers, "cpu", enable_memory_saver=False
         )
         order = (1 + torch.randperm(sum(pages) + 2, generator=generator)).split([*pages, sum(pages) + 2 - sum(pages)])
         for i, n in enumerate(lengths):
@@ -57,23 +67,28 @@ class Memory:
         return self.requests.req_to_token[request, first:last].long()
 
 
-def parallel(rank: int, size: int) -> Any:
+def parallel(rank: int, size: int, **changes: Any) -> Any:
     """SGLang's parallel state, as a server with --tp-size P --attn-cp-size P has it."""
     base._STRATEGY = None
-    group = SimpleNamespace(device_group=dist.group.WORLD, world_size=size, rank_in_group=rank)
-    return get_parallel().override(
-        tp_size=size,
-        attn_cp_size=size,
-        attn_cp_rank=rank,
-        attn_tp_size=1,
-        attn_dp_size=1,
-        attn_dcp_size=1,
-        pp_size=1,
-        enable_prefill_cp=True,
-        cp_strategy="zigzag",
-        attn_cp_group=group,
-        enable_cp_tp_group_sharing=False,
-    )
+    state = {
+        "tp_size": size,
+        "attn_cp_size": size,
+        "attn_cp_rank": rank,
+        "attn_tp_size": 1,
+        "attn_dp_size": 1,
+        "attn_dcp_size": 1,
+        "pp_size": 1,
+        "enable_prefill_cp": True,
+        "cp_strategy": "zigzag",
+        "attn_cp_group": SimpleNamespace(
+            device_group=dist.group.WORLD,
+            world_size=size,
+            rank_in_group=rank,
+            all_gather_into_tensor=dist.all_gather_into_tensor,
+        ),
+        "enable_cp_tp_group_sharing": False,
+    }
+    return get_parallel().override(**(state | changes))
 
 
 def runner_of(memory: Memory, layers: Sequence[RadixAttention], name: str) -> Any:
@@ -190,3 +205,43 @@ def compare(
                     )
                     worst["pool"] = max(worst["pool"], float((a - b).abs().max()))
     return worst, read_reports("\n".join(lines))
+
+
+@dataclass
+class Prefill:
+    """One layer's attention of a sharded batch, to be called again and again."""
+
+    backend: Any
+    layer: RadixAttention
+    batch: ForwardBatch
+    tensors: tuple[Tensor, Tensor, Tensor]  # this rank's q, k, v
+
+    def __call__(self) -> Tensor:
+        self.backend.init_forward_metadata(self.batch)
+        with forward_context(ForwardContext(attn_backend=self.backend)):
+            return self.backend.forward(*self.tensors, self.layer, self.batch)
+
+    @property
+    def bytes_sent(self) -> int:
+        return self.backend.bytes_sent
+
+
+@contextmanager
+def prepared(
+    rank: int, size: int, name: str, prompts: Sequence[Prompt], *, num_heads: int, num_kv_heads: int, head_dim: int
+) -> Iterator[Prefill]:
+    """A backend on pools of its own, and this rank's rows."""
+    load_plugins()
+    with parallel(rank, size), torch.inference_mode():
+        generator = torch.Generator().manual_seed(rank)
+        lengths = [p.cached + p.new for p in prompts]
+        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "num_layers": 1}
+        memory = Memory.make(lengths, 1, torch.Generator().manual_seed(0), **sizes)
+        layer = RadixAttention(num_heads, head_dim, head_dim**-0.5, num_kv_heads, layer_id=0)
+        backend = ATTENTION_BACKENDS[name](runner_of(memory, [layer], name))
+        batch = extend(memory, prompts)
+        prepare_cp_forward(batch)
+        rows = batch.attn_cp_metadata.per_rank_actual_token[rank]
+        q = torch.randn(rows, num_heads * head_dim, generator=generator)
+        k, v = (torch.randn(rows, num_kv_heads, head_dim, generator=generator) for _ in range(2))
+        yield Prefill(backend, layer, batch, (q, k, v))

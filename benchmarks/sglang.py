@@ -1,0 +1,107 @@
+"""Attention of a sharded prompt inside SGLang: this plugin's backends against SGLang's own all-gather of keys.
+
+    .venv-sglang/bin/python -m benchmarks.sglang --lengths 8192 32768 --json out.json
+
+Every rank is a process with SGLang's pools and its zigzag strategy (no server: a layer's attention, with the exchange
+of keys and their writing to the pool). Per rank: bytes sent; seconds, the slowest rank's best of some repeats; and peak
+extra memory, by which the process's resident set rose above what it was before the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.ranks import RankPool
+
+ALL_GATHER = "all_gather_for_tests"
+BACKENDS = (ALL_GATHER, "sp_ring_pass_kv", "sp_token_ring", "sp_ring_pass_q", "sp_auto")
+SIZES = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 128}  # of Qwen3-0.6B and 1.7B
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], help="tokens of a prompt")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    results = []
+    for length in args.lengths:
+        for backend in args.backends:
+            pool = RankPool(args.ranks)  # fresh processes, so that no memory was grown before
+            try:
+                ranks = pool.run(measure, (backend, length, args.repeats), timeout=3600)
+            finally:
+                pool.close()
+            result = {
+                "backend": backend,
+                "tokens": length,
+                "ranks": args.ranks,
+                "seconds": max(r["seconds"] for r in ranks),
+                "bytes_sent": [r["bytes_sent"] for r in ranks],
+                "peak_extra_bytes": [r["peak_extra_bytes"] for r in ranks],
+            }
+            results.append(result)
+            print(show(result), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"sizes": SIZES, "dtype": "float32", "results": results}, indent=1) + "\n")
+
+
+def show(result: dict[str, Any]) -> str:
+    sent, extra = (max(result[name]) / 1e6 for name in ("bytes_sent", "peak_extra_bytes"))
+    return (
+        f"{result['backend']:22} {result['tokens']:>7} tokens: {result['seconds']:8.3f} s, "
+        f"sent {sent:8.1f} MB, peak extra {extra:8.1f} MB (largest of the ranks)"
+    )
+
+
+def measure(rank: int, size: int, name: str, length: int, repeats: int) -> dict[str, float]:
+    """One layer on one rank. The first call, of a short prompt, opens connections and loads code."""
+    from sglang_cpu import all_gather
+
+    from tests.sglang.pools import Prompt, prepared
+
+    all_gather.register()
+    times, sent, peaks = [], 0, []
+    with prepared(rank, size, name, [Prompt(64)], **SIZES) as run:
+        run()
+    with prepared(rank, size, name, [Prompt(length)], **SIZES) as run:
+        for _ in range(repeats):
+            before, since = run.bytes_sent, time.perf_counter()
+            with PeakMemory() as memory:
+                run()
+            times.append(time.perf_counter() - since)
+            sent = run.bytes_sent - before
+            peaks.append(memory.extra)
+    return {"seconds": min(times), "bytes_sent": sent, "peak_extra_bytes": peaks[0]}
+
+
+class PeakMemory:
+    """By how much this process's resident set rose, at its peak (Linux)."""
+
+    def __enter__(self) -> PeakMemory:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self._before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.extra = _status("VmHWM") - self._before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
