@@ -14,7 +14,7 @@ from sp_backend.commands import Pooling
 from sp_backend.layout import Layout
 from tests.scheduler.fake_workers import VOCAB, expected_tokens
 from tests.scheduler.harness import Harness, make_harness
-from tests.scheduler.test_random_workloads import check_pages
+from tests.scheduler.test_random_workloads import AnyDegree, check_pages
 
 PAGE = 4
 MESHES = [(1, "tokens"), (2, "tokens"), (3, "tokens"), (4, "tokens"), (2, "heads"), (4, "heads")]
@@ -128,9 +128,12 @@ def test_half_way_retracted_it_begins_again(pooling: Pooling, prefix_cache: bool
 
 @pytest.mark.parametrize(("sp_size", "layout"), MESHES)
 @pytest.mark.parametrize("seed", range(8))
-def test_beside_generation_on_small_pools(sp_size: int, layout: str, seed: int) -> None:
-    """Prefix hits and cut prompts change no embedding, and embeddings change no token."""
+def test_beside_generation_on_small_pools(
+    sp_size: int, layout: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retractions, prefix hits and cut prompts change no embedding, and embeddings change no token."""
     rng = random.Random(seed)
+    monkeypatch.setattr("scheduler.prefill.GROWTH_TOKENS", rng.choice([0, 4]))  # the less, the more retractions
     config = SchedulerConfig(
         max_running_requests=rng.choice([3, 8, 64]),
         chunked_prefill_size=rng.choice([8, 16, 64, -1]),
@@ -165,16 +168,17 @@ def test_beside_generation_on_small_pools(sp_size: int, layout: str, seed: int) 
 # Full mask
 
 
-def full(pages_per_rank: int, **changes: object) -> Harness:
-    config = SchedulerConfig(chunked_prefill_size=16, sp_threshold=8)
-    return make_harness(config, pages_per_rank, causal=False, **changes)  # type: ignore[arg-type]
+def full(pages_per_rank: int, planner: AnyDegree | None = None, **changes: object) -> Harness:
+    config = SchedulerConfig(chunked_prefill_size=16, sp_threshold=8 if planner is None else None)
+    return make_harness(config, pages_per_rank, planner=planner, causal=False, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("sp_size", "layout"), [*MESHES, (6, "tokens")])
+@pytest.mark.parametrize(("sp_size", "layout"), [*MESHES, (6, "tokens"), (10, "tokens")])
 @pytest.mark.parametrize("seed", range(6))
 def test_under_a_full_mask_every_prompt_is_one_chunk(sp_size: int, layout: str, seed: int) -> None:
     rng = random.Random(seed)
-    it = full(rng.choice([3, 4, 7]), sp_size=sp_size, layout=layout)
+    planner = AnyDegree(rng, sp_size) if seed % 2 and layout == "tokens" and sp_size > 1 else None
+    it = full(rng.choice([3, 4, 7]), planner, sp_size=sp_size, layout=layout)
     longest = it.controller.stats().capacity_tokens
     lengths = [rng.choice([1, 3, 9, 15, 17, 40, longest, longest - 1, longest - PAGE]) for _ in range(40)]
     prompts = {f"r{i}": random_prompt(rng, min(length, longest)) for i, length in enumerate(lengths)}
