@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None, connect: Connect | None = None) -> i
     for warning in config.warnings:
         log.warning(warning)
     log.info("Configuration: %s", config.summary())
+    if config.why_no_generation is not None:
+        log.info("Embeddings only. %s", config.why_no_generation)
     signal.signal(signal.SIGTERM, _exit_on_signal)  # so that the workers are ended while they load, too
     try:
         with (connect or run_workers)(config) as client:

@@ -11,18 +11,22 @@ from functools import lru_cache
 from pathlib import Path
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.launched import LaunchedServer
 from scheduler.config import SchedulerConfig
+from sp_backend.catalog import planner_for
 from sp_backend.commands import Pooling
 from sp_backend.config import BackendConfig
 from sp_backend.models.config import ModelConfig
 from sp_backend.strategies import STRATEGIES
+from sp_backend.topology import load_machine
 from tests.checkpoints import make_checkpoint, oracle_states
 from tests.e2e.rank_workers import Engine
+from tests.e2e.test_against_transformers import Restless
 
 PAGE, CHUNK, THRESHOLD = 8, 64, 24
 STRATEGIES_OF_TOKENS = [name for name, row in STRATEGIES.items() if row.layout == "tokens"]
@@ -49,8 +53,8 @@ def expected(model: Path, causal: bool) -> dict[Pooling, list[np.ndarray]]:
     return {"last": [s[-1].numpy() for s in states], "mean": [s.mean(0).numpy() for s in states]}
 
 
-def engine(model: Path, causal: bool, sp: int, strategy: str, tp: int = 1) -> Engine:
-    config = BackendConfig(
+def engine_config(model: Path, causal: bool, sp: int, strategy: str, tp: int = 1) -> BackendConfig:
+    return BackendConfig(
         model_path=str(model),
         dtype="float32",
         page_size=PAGE,
@@ -62,6 +66,10 @@ def engine(model: Path, causal: bool, sp: int, strategy: str, tp: int = 1) -> En
         layout="heads" if strategy == "sharded_q" else "tokens",
         strategy=strategy,
     )
+
+
+def engine(model: Path, causal: bool, sp: int, strategy: str, tp: int = 1) -> Engine:
+    config = engine_config(model, causal, sp, strategy, tp)
     return Engine(config, SchedulerConfig(chunked_prefill_size=CHUNK, sp_threshold=THRESHOLD))
 
 
@@ -104,6 +112,22 @@ def test_a_model_with_its_head_embeds_beside_generation(folder: Path) -> None:
     check(it, model, True, "mean")
     assert [o.cached_tokens for o in it.embed(INPUTS[:1], "last")] == [96]
     assert [o.cached_tokens for o in it.embed(INPUTS[:1], "mean")] == [0]
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_plans_of_groups_of_ranks(folder: Path, causal: bool) -> None:
+    """Another plan, over another number of ranks, in each step."""
+    model = checkpoint(folder, "qwen3")
+    config = msgspec.structs.replace(engine_config(model, causal, 4, "ring_pass_kv"), strategy="auto")
+    machine = load_machine("nic200-4")
+    planner = planner_for(config, ModelConfig.load(model), machine)
+    assert planner is not None and {2, 4} <= set(planner.degrees)
+    restless = Restless(planner)
+    it = Engine(config, SchedulerConfig(chunked_prefill_size=CHUNK), machine, restless)
+    for _ in range(3):
+        for pooling in ("mean", "last"):
+            check(it, model, causal, pooling)
+    assert len(restless.chosen) >= 4 and any("@2" in plan for plan in restless.chosen)
 
 
 def test_masks_differ(folder: Path) -> None:
