@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sp_backend.models import passes
 from sp_backend.models.config import ModelConfig
-from sp_backend.models.layers import inverse_frequencies, rms_norm, rope_cos_sin, rotate
+from sp_backend.models.layers import inverse_frequencies
 from sp_backend.models.linear import Linear
 from sp_backend.models.parameters import LayerWeights, Parameters
 from sp_backend.models.weights import EMBEDDING, FINAL_NORM, Progress, fill_dummy, load_weights, tensor_specs
@@ -68,6 +69,7 @@ class Decoder:
         self._vocab_sizes = shard.split_sizes(config.vocab_size)
         inv_freq, self._rope_scale = inverse_frequencies(config.rope, config.head_dim)
         self._inv_freq = inv_freq.to(device)
+        passes.is_fused(dtype, self._inv_freq.device)  # compiled now rather than in the first step
 
     @property
     def weight_bytes(self) -> int:
@@ -88,9 +90,10 @@ class Decoder:
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states [n, hidden] of tokens [n] at positions [n], before the final norm. n may be 0."""
         hidden = self._embed(tokens)
-        cos, sin = rope_cos_sin(positions, self._inv_freq, self._rope_scale, self.dtype)
+        angles = passes.angles(positions, self._inv_freq, self._rope_scale, self.dtype)
+        kv_rows = slice(*attention.kv_rows.indices(len(hidden))[:2])
         for index, layer in enumerate(self._layers):
-            q, kv = self._project(layer, hidden, cos, sin, attention.kv_rows)
+            q, kv = self._project(layer, hidden, angles, kv_rows)
             attended = attention.attend(index, q, kv)
             for rows in _blocks(len(hidden)):
                 self._finish_layer(layer, hidden[rows], attended[rows])
@@ -100,7 +103,7 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [m, vocab] in fp32 of hidden states [m, hidden] from `forward`."""
         assert self._head is not None, "only embeddings are made with a model that has no head"
-        normed = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
+        normed = passes.rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
         return self._collectives.gather_last(self._head(normed).float(), self._vocab_sizes)
 
     @torch.inference_mode()
@@ -109,7 +112,7 @@ class Decoder:
         total = hidden.new_zeros(hidden.shape[-1], dtype=torch.float64)
         for part in rows:
             for block in _blocks(part.stop - part.start):
-                normed = rms_norm(hidden[part][block], self._final_norm, self.config.rms_norm_eps)
+                normed = passes.rms_norm(hidden[part][block], self._final_norm, self.config.rms_norm_eps)
                 total += normed.sum(0, dtype=torch.float64)
         return total.float()
 
@@ -123,45 +126,43 @@ class Decoder:
         return self._collectives.all_reduce(hidden)
 
     def _project(
-        self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, kv_rows: slice
+        self, layer: LayerWeights, hidden: Tensor, angles: passes.Angles, kv_rows: slice
     ) -> tuple[Tensor, Tensor]:
         """Rotated q [n, heads, head_dim] of all rows and kv [rows, 2, kv_heads, head_dim] of kv_rows."""
-        head_dim, num_q = self.config.head_dim, self.num_heads * self.config.head_dim
-        first, last, _ = kv_rows.indices(len(hidden))
+        head_dim, eps = self.config.head_dim, self.config.rms_norm_eps
+        num_q = self.num_heads * head_dim
         q = hidden.new_empty(len(hidden), self.num_heads, head_dim)
-        kv = hidden.new_empty(last - first, 2, self.num_kv_heads, head_dim)
+        kv = hidden.new_empty(kv_rows.stop - kv_rows.start, 2, self.num_kv_heads, head_dim)
         for rows in _blocks(len(hidden)):
-            x = rms_norm(hidden[rows], layer.input_norm, self.config.rms_norm_eps)
-            lo = max(rows.start, first)
-            hi = max(lo, min(rows.stop, last))
+            x = passes.rms_norm(hidden[rows], layer.input_norm, eps)
+            lo = max(rows.start, kv_rows.start)
+            hi = max(lo, min(rows.stop, kv_rows.stop))
             if layer.kv is None:
                 assert (lo, hi) == (rows.start, rows.stop), "one matrix projects queries and keys of the same rows"
                 q_part, kv_part = layer.qkv(x).tensor_split([num_q], dim=-1)
             else:
                 q_part, kv_part = layer.qkv(x), layer.kv(x[lo - rows.start : hi - rows.start])
-            q[rows] = self._rotated(q_part.view(-1, self.num_heads, head_dim), layer.q_norm, cos[rows], sin[rows])
-            k_part, v_part = kv_part.view(-1, 2, self.num_kv_heads, head_dim).unbind(1)
-            kv[lo - first : hi - first, 0] = self._rotated(k_part, layer.k_norm, cos[lo:hi], sin[lo:hi])
-            kv[lo - first : hi - first, 1] = v_part
+            kv_place = kv[lo - kv_rows.start : hi - kv_rows.start]
+            passes.rotate_into(q[rows], q_part, self.num_heads, _of_rows(angles, rows), layer.q_norm, eps)
+            kv_angles = _of_rows(angles, slice(lo, hi))
+            passes.rotate_into(kv_place, kv_part, self.num_kv_heads, kv_angles, layer.k_norm, eps)
         return q, kv
-
-    def _rotated(self, x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        if norm is not None:
-            x = rms_norm(x, norm, self.config.rms_norm_eps)
-        return rotate(x, cos, sin)
 
     def _finish_layer(self, layer: LayerWeights, hidden: Tensor, attended: Tensor) -> None:
         """Output projection and MLP, added to these rows of hidden in place."""
-        hidden += self._row_parallel(layer.out, attended.flatten(1))
-        x = rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps)
-        gate, up = layer.gate_up(x).chunk(2, dim=-1)
-        hidden += self._row_parallel(layer.down, F.silu(gate) * up)
+        delta = self._row_parallel(layer.out, attended.flatten(1))
+        x = passes.rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps, delta)
+        hidden += self._row_parallel(layer.down, passes.silu_mul(layer.gate_up(x)))
 
     def _row_parallel(self, linear: Linear, x: Tensor) -> Tensor:
         if self.shard.group_size == 1:
             return linear(x)
         total = self._collectives.all_reduce(linear.product(x))
         return total if linear.bias is None else total + linear.bias
+
+
+def _of_rows(angles: passes.Angles, rows: slice) -> passes.Angles:
+    return angles[0][rows], angles[1][rows]
 
 
 def _blocks(num_rows: int) -> Iterator[slice]:

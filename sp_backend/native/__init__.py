@@ -26,6 +26,7 @@ from sp_backend.config import cache_folder
 
 SOURCES: dict[str, frozenset[str]] = {  # name -> what the CPU must have, as in /proc/cpuinfo
     "attention": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
+    "passes": frozenset(),
 }
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-Wl,--no-undefined")
 TIMEOUT = 300.0  # s, for the compiler, and for another process that is compiling
