@@ -253,7 +253,7 @@ class Forms:
         t, a = columns.transfers, columns.attends
         most = 1 + max((int(x.max()) for x in (t.hi, a.hi, t.pieces, a.pieces) if len(x)), default=1)
         heads, self.transfer_heads, self.attend_heads = _numbered(t.lo * most + t.hi, a.lo * most + a.hi)
-        cuts, sent_cut, read_cut, whole = _numbered(
+        cuts, self.sent_cut, self.read_cut, whole = _numbered(
             t.piece * most + t.pieces, a.piece * most + a.pieces, np.array([1], np.int32)
         )
         number = len(heads), len(cuts)
@@ -261,15 +261,20 @@ class Forms:
         def code(operand: Column | int, heads: Column, cut: Column) -> Column:
             return np.asarray((operand * number[0] + heads) * number[1] + cut, np.int32)
 
-        queries, keys = code(0, self.attend_heads, whole), code(1, self.attend_heads, read_cut)
+        queries, keys = code(0, self.attend_heads, whole), code(1, self.attend_heads, self.read_cut)
         codes, self.transfer, self.query, self.key = _numbered(
-            code(t.operand, self.transfer_heads, sent_cut), queries, keys
+            code(t.operand, self.transfer_heads, self.sent_cut), queries, keys
         )
         self.number, self.num_heads = len(codes), len(heads)
+        self.cuts = [(int(c) // most, int(c) % most) for c in cuts]
         rest, cut = np.divmod(codes, number[1])
         self.operand, self.heads = np.divmod(rest, number[0])
         self.lo, self.hi = np.divmod(heads[self.heads], most)
         self.piece, self.pieces = np.divmod(cuts[cut], most)
+
+    def block(self, form: int, chunk: int) -> Block:
+        cut = int(self.piece[form]), int(self.pieces[form])
+        return Block(OPERANDS[self.operand[form]], chunk, (int(self.lo[form]), int(self.hi[form])), cut)
 
     @cached_property
     def holds(self) -> Flags:

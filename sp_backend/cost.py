@@ -12,17 +12,18 @@ Everything is computed for many batches at once (the last axis of every array), 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sp_backend.geometry import Geometry, block_bytes, piece_rows, predicted_bytes
-from sp_backend.layout import STATE, Block
-from sp_backend.operations import Fold, Operations, Part, RankOps, operations
+from sp_backend.flow import Flow, Index, Messages, flow_of
+from sp_backend.geometry import Geometry, block_bytes, piece_rows
+from sp_backend.layout import Layout
 from sp_backend.plan import Plan
-from sp_backend.topology import Floats, Machine
+from sp_backend.topology import Floats, Machine, Rates
 
 Ints = NDArray[np.int64]
 
@@ -97,24 +98,25 @@ class PlanCost:
         if plan.layout.num_ranks != machine.num_ranks:
             raise ValueError(f"a plan of {plan.layout.num_ranks} ranks on a machine of {machine.num_ranks}")
         self.plan, self.machine, self.shape = plan, machine, shape
-        self._ops = operations(plan)
-        self._links = _Links(machine, self._ops)
+        self._flow = flow_of(plan)
+        self._links = _Links(machine, self._flow.messages, self._flow.columns.num_rounds + 1)
 
     def times(self, sizes: Sizes) -> Times:
-        return _Clock(self, self._ops, self._links, sizes).run()
+        return _Clock(self, self._flow, self._links, sizes).run()
 
     def cost(self, geometry: Geometry) -> Cost:
-        clock = _Clock(self, self._ops, self._links, Sizes.of(geometry))
+        clock = _Clock(self, self._flow, self._links, Sizes.of(geometry))
         times = clock.run()
+        exposed = float(times.exposed[0])
+        messages, size = self._flow.messages, clock.message_bytes[:, 0].astype(int)
         links: dict[tuple[int, int], int] = defaultdict(int)
-        for r in predicted_bytes(self.plan, geometry, self.shape.head_dim, self.shape.itemsize):
-            for pair, num_bytes in r.items():
-                links[pair] += num_bytes
+        for src, dst, num_bytes in zip(messages.src.tolist(), messages.dst.tolist(), size.tolist(), strict=True):
+            if num_bytes:
+                links[src, dst] += num_bytes
         resources: dict[str, int] = defaultdict(int)
         for link in self.machine.topology.links:
             for name in link.resources:
                 resources[name] += links.get((link.src, link.dst), 0)
-        exposed = float(times.exposed[0])
         return Cost(
             seconds=float(times.attention[0]),
             exposed=exposed,
@@ -130,16 +132,15 @@ class PlanCost:
 class _Groups:
     """Messages of some ranks: those of ranks[i] are messages[starts[i] : starts[i + 1]]."""
 
-    ranks: NDArray[np.intp]
-    messages: NDArray[np.intp]
-    starts: NDArray[np.intp]
+    ranks: Index
+    messages: Index
+    starts: Index
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[int, int]]) -> _Groups:
-        """pairs: (rank, message), by ascending rank."""
-        starts = [i for i, (rank, _) in enumerate(pairs) if i == 0 or rank != pairs[i - 1][0]]
-        ranks, messages = [pairs[i][0] for i in starts], [message for _, message in pairs]
-        return cls(np.array(ranks, np.intp), np.array(messages, np.intp), np.array(starts, np.intp))
+    def of(cls, ranks: Index, messages: Index) -> _Groups:
+        """ranks ascend."""
+        starts = np.flatnonzero(np.diff(ranks, prepend=-1))
+        return cls(ranks[starts], messages, starts)
 
     def reduce(self, ufunc: np.ufunc, values: Floats) -> Floats:
         """[ranks, batches] of values [messages, batches]"""
@@ -149,155 +150,170 @@ class _Groups:
 class _Links:
     """Which messages of a round meet on which resources, as index arrays."""
 
-    def __init__(self, machine: Machine, ops: Operations) -> None:
-        pairs = machine.topology.by_pair()
-        names = list(machine.topology.resources)
-        self.capacity = np.array([machine.topology.resources[n] for n in names])
+    def __init__(self, machine: Machine, messages: Messages, num_rounds: int) -> None:
+        topology = machine.topology
+        names = list(topology.resources)
         index = {n: i for i, n in enumerate(names)}
-        self.src = np.array([m.src for m in ops.messages], np.intp)
-        self.dst = np.array([m.dst for m in ops.messages], np.intp)
-        self.latency = np.array([pairs[m.src, m.dst].latency for m in ops.messages])
-        self.of_round: list[NDArray[np.intp]] = []
+        self.capacity = np.array([topology.resources[n] for n in names])
+        number = np.zeros((machine.num_ranks, machine.num_ranks), np.intp)  # of the link between two ranks
+        number[[x.src for x in topology.links], [x.dst for x in topology.links]] = range(len(topology.links))
+        link = number[messages.src, messages.dst]
+        self.latency = np.array([x.latency for x in topology.links])[link] if len(link) else np.zeros(0)
+        most = max((len(x.resources) for x in topology.links), default=0)
+        uses = [[index[n] for n in x.resources] + [-1] * (most - len(x.resources)) for x in topology.links]
+        used = np.array(uses, np.intp).reshape(len(uses), most)[link]  # [messages, resources of its link]
         self.at_rank: list[_Groups] = []  # messages that a rank sends or receives
-        self.shared: list[list[tuple[NDArray[np.intp], NDArray[np.intp]]]] = []  # (resources, their messages) by number
-        by_round: list[list[int]] = [[] for _ in ops.rounds]
-        for k, m in enumerate(ops.messages):
-            by_round[m.round].append(k)
-        for mine in by_round:
-            users: dict[int, list[int]] = defaultdict(list)
-            for k in mine:
-                for name in pairs[ops.messages[k].src, ops.messages[k].dst].resources:
-                    users[index[name]].append(k)
-            by_number: dict[int, list[int]] = defaultdict(list)
-            for resource, messages in users.items():
-                by_number[len(messages)].append(resource)
-            self.of_round.append(np.array(mine, np.intp))
-            ends = [(rank, k) for k in mine for rank in (ops.messages[k].src, ops.messages[k].dst)]
-            self.at_rank.append(_Groups.of(sorted(ends)))
-            self.shared.append(
-                [(np.array(rs, np.intp), np.array([users[r] for r in rs], np.intp)) for rs in by_number.values()]
-            )
+        self.shared: list[list[tuple[Index, Index]]] = []  # (resources, their messages) by number
+        self.of_round = [slice(*x) for x in _bounds(messages.round, num_rounds)]
+        for mine in self.of_round:
+            numbers = np.arange(mine.start, mine.stop)
+            ranks, both = np.concatenate([messages.src[mine], messages.dst[mine]]), np.concatenate([numbers, numbers])
+            order = np.argsort(ranks, kind="stable")
+            self.at_rank.append(_Groups.of(ranks[order], both[order]))
+            self.shared.append(_users(used[mine], mine.start))
+
+
+def _users(used: Index, first: int) -> list[tuple[Index, Index]]:
+    """used [messages, resources]. The resources that as many messages use, and those, counted from `first`."""
+    resource = used.ravel()
+    message = np.repeat(np.arange(len(used)) + first, used.shape[1])[resource >= 0]
+    resource = resource[resource >= 0]
+    order = np.argsort(resource, kind="stable")
+    resource, message = resource[order], message[order]
+    starts = np.flatnonzero(np.diff(resource, prepend=-1))
+    counts = np.diff(np.append(starts, len(resource)))
+    found = []
+    for number in np.unique(counts):
+        chosen = starts[counts == number]
+        found.append((resource[chosen], message[chosen[:, None] + np.arange(number)]))
+    return found
+
+
+def _bounds(rounds: Index, number: int) -> list[tuple[int, int]]:
+    """The rows of each round."""
+    return list(pairwise(np.searchsorted(rounds, np.arange(number + 1)).tolist()))
 
 
 class _Clock:
     """Runs all batches through all rounds. Arrays are [ranks, batches] or [messages, batches]."""
 
-    def __init__(self, owner: PlanCost, ops: Operations, links: _Links, sizes: Sizes) -> None:
-        self._plan, self._shape, self._rates = owner.plan, owner.shape, owner.machine.rates
-        self._ops, self._links, self._sizes = ops, links, sizes
-        batches, ranks = len(sizes.rows), owner.machine.num_ranks
-        self._work = _Work(owner, sizes)
-        self._bytes = np.zeros((len(ops.messages), batches))
-        for k, m in enumerate(ops.messages):
-            for block in m.blocks:
-                self._bytes[k] += self._work.bytes_of(block)
-        self._end = np.zeros_like(self._bytes)
-        self._busy = np.zeros((len(links.capacity), batches))  # until when each resource is
-        self._now = np.zeros((ranks, batches))
+    def __init__(self, owner: PlanCost, flow: Flow, links: _Links, sizes: Sizes) -> None:
+        self._layout, self._shape, self._rates = owner.plan.layout, owner.shape, owner.machine.rates
+        self._flow, self._links, self._sizes = flow, links, sizes
+        self._work = _Work(owner.plan.layout, flow, owner.shape, owner.machine.rates, sizes)
+        self.message_bytes = self._work.message_bytes()
+        self._sent = self.message_bytes > 0
+        self._end = np.zeros_like(self.message_bytes)
+        self._busy = np.zeros((len(links.capacity), self.message_bytes.shape[1]))  # until when each resource is
+        self._now = np.zeros((owner.machine.num_ranks, self.message_bytes.shape[1]))
         self._exposed = np.zeros_like(self._now)
         self._transfer = np.zeros_like(self._now)
         self.rounds: list[tuple[Floats, Floats, Floats]] = []  # compute, transfer and wait of every rank
 
     def run(self) -> Times:
-        for i, r in enumerate(self._ops.rounds):
-            self._round(i, r)
+        flow, number = self._flow, self._flow.columns.num_rounds + 1
+        self._folds, self._folding = self._work.fold_seconds(), _bounds(flow.folds.round, number)
+        self._copied, self._copying = self._work.copy_seconds(), _bounds(flow.copies.round, number)
+        self._attended, self._called = self._work.call_seconds()
+        self._calling = _bounds(flow.calls.round, number)
+        self._waiting = _bounds(flow.waits.round, number)
+        for i in range(number):
+            self._round(i)
         last = self._now.argmax(0), np.arange(self._now.shape[1])
-        attention = self._now[last]
         shape, rates = self._shape, self._rates
         weight_bytes = shape.dense_flops / 2 * shape.itemsize
         tokens = self._work.tokens()
         dense = np.maximum(tokens * shape.dense_flops / rates.dense_flops, weight_bytes / rates.memory_bytes)
         step = (shape.num_layers * self._now + dense).max(0) + rates.step_seconds
-        return Times(
-            attention,
-            self._exposed[last],
-            self._transfer[last],
-            step,
-        )
+        return Times(self._now[last], self._exposed[last], self._transfer[last], step)
 
-    def _round(self, index: int, ranks: Sequence[RankOps]) -> None:
-        rates, waited = self._rates, self._exposed.copy()
-        received = self._now.copy()
-        for r, ops in enumerate(ranks):
-            messages = [*ops.receives, *ops.sends]
-            sent = (self._bytes[messages] > 0).sum(0) if messages else 0
-            received[r] += sent * rates.message_seconds + (rates.round_seconds if ops.calls or messages else 0.0)
+    def _round(self, index: int) -> None:
+        rates, waited, flow = self._rates, self._exposed.copy(), self._flow
+        received, ends, calls = self._now.copy(), self._links.at_rank[index], slice(*self._calling[index])
+        if len(ends.ranks):
+            received[ends.ranks] += ends.reduce(np.add, self._sent.astype(float)) * rates.message_seconds
+        received[np.union1d(ends.ranks, flow.calls.rank[calls])] += rates.round_seconds
         self._now[:] = received
-        self._wait([(r, m) for r, ops in enumerate(ranks) for m in (*ops.needs, *_messages(ops.folds_before))])
-        self._merge((r, f) for r, ops in enumerate(ranks) for f in ops.folds_before)
-        for r, ops in enumerate(ranks):
-            for c in ops.copies:
-                beside = self._work.rows_of(c.beside) > 0
-                self._now[r] += self._work.bytes_of(c.block) * beside / rates.copy_bytes
+        mine = slice(*self._waiting[index])
+        self._wait(flow.waits.rank[mine], flow.waits.message[mine])
+        folds = np.arange(*self._folding[index])
+        before = flow.folds.before[folds]
+        self._add(flow.folds.rank, self._folds, folds[before])
+        self._add(flow.copies.rank, self._copied, np.arange(*self._copying[index]))
         transfer = self._send(index, self._now.copy(), received)
-        compute = self._attend(ranks)
+        compute = self._attend(calls)
         if rates.overlap < 1:
             most = compute / rates.overlap - compute if rates.overlap else np.where(compute > 0, transfer, 0.0)
             taken = np.minimum(most, (1 - rates.overlap) * transfer)
             self._now += taken
             self._exposed += taken
-        self._wait([(r, m) for r, ops in enumerate(ranks) for m in _messages(ops.folds)])
-        self._merge((r, f) for r, ops in enumerate(ranks) for f in ops.folds)
-        self._wait([(r, m) for r, ops in enumerate(ranks) for m in ops.settles])
+        late = folds[~before]
+        order = np.argsort(flow.folds.rank[late], kind="stable")
+        self._wait(flow.folds.rank[late][order], flow.folds.message[late][order])
+        self._add(flow.folds.rank, self._folds, late)
+        if index:
+            sent = self._links.of_round[index - 1]
+            order = np.argsort(flow.messages.src[sent], kind="stable")
+            self._wait(flow.messages.src[sent][order], order + sent.start)
         self._transfer += transfer
         self.rounds.append((compute, transfer, self._exposed - waited))
 
-    def _wait(self, waits: Sequence[tuple[int, int]]) -> None:
-        """waits: (rank, message), by ascending rank."""
-        if waits:
-            groups = _Groups.of(waits)
+    def _wait(self, ranks: Index, messages: Index) -> None:
+        """ranks ascend."""
+        if len(ranks):
+            groups = _Groups.of(ranks, messages)
             before = self._now[groups.ranks]
             after = np.maximum(before, groups.reduce(np.maximum, self._end))
             self._now[groups.ranks] = after
             self._exposed[groups.ranks] += after - before
 
-    def _merge(self, folds: Iterable[tuple[int, Fold]]) -> None:
-        for rank, fold in folds:
-            self._now[rank] += self._work.merge_seconds(fold.block)
+    def _add(self, ranks: Index, seconds: Floats, rows: Index) -> None:
+        if len(rows):
+            np.add.at(self._now, ranks[rows], seconds[rows])
 
     def _send(self, index: int, posted: Floats, received: Floats) -> Floats:
         """Ends of a round's messages; returns how long each rank's links are in use for them."""
-        links, mine = self._links, self._links.of_round[index]
+        links, mine, messages = self._links, self._links.of_round[index], self._flow.messages
         busy = np.zeros_like(self._now)
-        if not len(mine):
+        if mine.start == mine.stop:
             return busy
-        size = self._bytes[mine]
-        start = np.zeros_like(self._bytes)
-        start[mine] = np.maximum(posted[links.src[mine]], received[links.dst[mine]])
-        for resources, messages in links.shared[index]:
-            capacity, sizes = links.capacity[resources][:, None, None], self._bytes[messages]
+        sent = self._sent[mine]
+        start = np.maximum(posted[messages.src[mine]], received[messages.dst[mine]])
+        finish = np.zeros_like(start)
+        for resources, users in links.shared[index]:
+            capacity, sizes, local = (
+                links.capacity[resources][:, None, None],
+                self.message_bytes[users],
+                users - mine.start,
+            )
             free = self._busy[resources]
-            begin = np.where(sizes > 0, start[messages], np.inf).min(1)
-            end = np.maximum(start[messages], free[:, None]) + _shared(sizes) / capacity
-            for users, ends in zip(messages, end, strict=True):
-                self._end[users] = np.maximum(self._end[users], ends)
+            begin = np.where(sizes > 0, start[local], np.inf).min(1)
+            end = np.maximum(start[local], free[:, None]) + _shared(sizes) / capacity
+            np.maximum.at(finish, local.ravel(), end.reshape(-1, end.shape[-1]))
             used = np.isfinite(begin)
             until = np.maximum(free, np.where(used, begin, 0.0)) + sizes.sum(1) / capacity[:, 0]
             self._busy[resources] = np.where(used, until, free)
-        self._end[mine] = np.where(size > 0, self._end[mine] + links.latency[mine][:, None], 0.0)
-        start[mine] = np.where(size > 0, start[mine], np.inf)
+        self._end[mine] = np.where(sent, finish + links.latency[mine][:, None], 0.0)
         ends_at = links.at_rank[index]
-        first, last = ends_at.reduce(np.minimum, start), ends_at.reduce(np.maximum, self._end)
+        here = _Groups(ends_at.ranks, ends_at.messages - mine.start, ends_at.starts)
+        first = here.reduce(np.minimum, np.where(sent, start, np.inf))
+        last = here.reduce(np.maximum, self._end[mine])
         busy[ends_at.ranks] = np.where(np.isfinite(first), last - np.where(np.isfinite(first), first, 0.0), 0.0)
         return busy
 
-    def _attend(self, ranks: Sequence[RankOps]) -> Floats:
+    def _attend(self, calls: slice) -> Floats:
         """Kernel calls in order, the k-th of every rank together; returns each rank's seconds in them."""
-        compute = np.zeros_like(self._now)
-        for k in range(max(len(ops.calls) for ops in ranks)):
-            calls = [(r, ops.calls[k]) for r, ops in enumerate(ranks) if k < len(ops.calls)]
-            self._wait([(r, m) for r, call in calls for m in call.needs])
-            for r, call in calls:
-                for p in call.parts:
-                    attended = self._work.attend_seconds(p)
-                    merged = sum(self._work.merge_seconds(q) for q in p.merges)
-                    compute[r] += attended
-                    self._now[r] += attended + merged * (attended > 0)
+        flow, compute = self._flow, np.zeros_like(self._now)
+        ranks, turn = flow.calls.rank[calls], flow.calls.turn[calls]
+        needs = slice(*np.searchsorted(flow.call_waits.round, (calls.start, calls.stop)))
+        waiting = flow.call_waits.round[needs] - calls.start
+        for k in range(int(turn.max(initial=-1)) + 1):
+            rows = np.flatnonzero(turn == k)
+            asked = turn[waiting] == k
+            self._wait(flow.call_waits.rank[needs][asked], flow.call_waits.message[needs][asked])
+            compute[ranks[rows]] += self._attended[calls.start + rows]
+            self._now[ranks[rows]] += self._called[calls.start + rows]
         return compute
-
-
-def _messages(folds: Iterable[Fold]) -> list[int]:
-    return [f.message for f in folds]
 
 
 def _shared(sizes: Floats) -> Floats:
@@ -314,62 +330,86 @@ def _shared(sizes: Floats) -> Floats:
 
 
 class _Work:
-    """Rows, bytes and seconds of blocks [batches], each kind of block worked out once."""
+    """Bytes and seconds of a plan's instructions [instructions, batches]; equal ones are worked out once."""
 
-    def __init__(self, owner: PlanCost, sizes: Sizes) -> None:
-        self._layout, self._shape, self._rates = owner.plan.layout, owner.shape, owner.machine.rates
-        self._rows, self._count = sizes.rows, sizes.count
-        # chunks of equal sizes in all batches are one kind: a ring's pairs of blocks become a few
-        flat = sizes.rows.transpose(2, 0, 1).reshape(sizes.rows.shape[2], -1)
+    def __init__(self, layout: Layout, flow: Flow, shape: ModelShape, rates: Rates, sizes: Sizes) -> None:
+        self._layout, self._flow, self._shape, self._rates, self._count = layout, flow, shape, rates, sizes.count
+        chunks = sizes.rows.transpose(2, 0, 1)  # [chunk, batch, sequence]
+        rows = np.stack([np.subtract(*piece_rows(chunks, cut)[::-1]) for cut in flow.cuts])
+        flat = rows.reshape(-1, rows[0, 0].size)
         kinds: dict[bytes, int] = {}
-        self._kind = [kinds.setdefault(row.tobytes(), chunk) for chunk, row in enumerate(np.ascontiguousarray(flat))]
-        self._rows_of: dict[tuple[int, tuple[int, int]], Floats] = {}
-        self._merge_seconds: dict[tuple[int, int], Floats] = {}
-        self._attend_seconds: dict[tuple[object, ...], Floats] = {}
+        kind = [kinds.setdefault(row.tobytes(), len(kinds)) for row in flat]
+        first = np.unique(kind, return_index=True)[1]
+        self._kind = np.array(kind).reshape(len(flow.cuts), -1)  # [cut, chunk]: of blocks with equal rows
+        self._sequence_rows = flat[first].reshape(-1, *sizes.count.shape)  # [kind, batch, sequence]
+        self._rows = (self._sequence_rows * sizes.count).sum(2).astype(float)  # [kind, batch]
+        self._whole = self._kind[flow.cuts.index((0, 1))]  # [chunk]
+        t, forms = flow.columns.transfers, flow.forms
+        self._sent = self._kind[forms.sent_cut, t.chunk]
+        width = [
+            block_bytes(layout, forms.block(form, 0), 1, shape.head_dim, shape.itemsize) for form in range(forms.number)
+        ]
+        self._width = np.array(width)[forms.transfer]  # bytes of a row
 
-    def sequence_rows(self, block: Block) -> Ints:
-        """[batches, sequences]"""
-        first, last = piece_rows(self._rows[..., block.chunk], block.piece)  # type: ignore[arg-type]
-        return np.asarray(last - first)
+    def message_bytes(self) -> Floats:
+        message, number = self._flow.message_of, len(self._flow.messages.round)
+        if not number:
+            return np.zeros((0, self._rows.shape[1]))
+        order = np.argsort(message, kind="stable")
+        starts = np.flatnonzero(np.diff(message[order], prepend=-1))
+        return np.asarray(np.add.reduceat(self._rows[self._sent[order]] * self._width[order, None], starts))
 
-    def rows_of(self, block: Block) -> Floats:
-        key = self._kind[block.chunk], block.piece
-        if key not in self._rows_of:
-            self._rows_of[key] = (self.sequence_rows(block) * self._count).sum(1).astype(float)
-        return self._rows_of[key]
+    def fold_seconds(self) -> Floats:
+        return self._merge_seconds(self._whole[self._flow.folds.chunk], self._flow.folds.heads)
 
-    def bytes_of(self, block: Block) -> Floats:
-        return self.rows_of(block) * block_bytes(self._layout, block, 1, self._shape.head_dim, self._shape.itemsize)
+    def copy_seconds(self) -> Floats:
+        copies = self._flow.copies
+        packed = self._rows[self._sent[copies.transfer]] * self._width[copies.transfer, None]
+        return np.asarray(packed * (self._rows[self._sent[copies.beside]] > 0) / self._rates.copy_bytes)
 
-    def merge_seconds(self, block: Block) -> Floats:
-        heads = block.heads[1] - block.heads[0]
-        key = self._kind[block.chunk], heads
-        if key not in self._merge_seconds:
-            rows, rates = self.rows_of(block), self._rates
-            state_bytes = rows * heads * (self._shape.head_dim + 1) * 4
-            self._merge_seconds[key] = state_bytes / rates.merge_bytes + (rows > 0) * rates.fold_seconds
-        return self._merge_seconds[key]
+    def call_seconds(self) -> tuple[Floats, Floats]:
+        """[calls]: in kernels, and with the merges of what they return."""
+        parts, calls = self._flow.parts, self._flow.calls
+        if not len(calls.round):
+            return np.zeros((0, self._rows.shape[1])), np.zeros((0, self._rows.shape[1]))
+        attended = self._attend_seconds()
+        merged = self._merge_seconds(self._whole[parts.q], parts.heads) * parts.merges[:, None] * (attended > 0)
+        starts = np.flatnonzero(np.diff(parts.call, prepend=-1))
+        return np.add.reduceat(attended, starts), np.add.reduceat(attended + merged, starts)
 
     def tokens(self) -> Floats:
         """New tokens of each rank [ranks, batches]; layout heads: its share of the work on all of them."""
         layout = self._layout
-        ranks = range(layout.num_ranks)
-        chunks = [[self.rows_of(Block(STATE, c, layout.all_heads)) for c in layout.q_of(r)] for r in ranks]
-        tokens = np.sum(chunks, axis=1)
+        tokens = self._rows[self._whole[layout.all_q()]].sum(1)
         return np.asarray(tokens / layout.num_ranks if layout.kind == "heads" else tokens)
 
-    def attend_seconds(self, part: Part) -> Floats:
-        first, heads = part.qs[0], sum(q.heads[1] - q.heads[0] for q in part.qs)
-        kvs = tuple(sorted((self._kind[kv.chunk], kv.piece) for kv in part.kvs[: len(part.kvs) - part.causal]))
-        key = self._kind[first.chunk], kvs, part.causal, heads
-        if key not in self._attend_seconds:
-            kernel, queries = self._rates.kernel, self.sequence_rows(first)
-            per_pair, seconds = 4 * self._shape.head_dim * heads, np.zeros(queries.shape)
-            if kvs:
-                keys = sum(self.sequence_rows(kv) for kv in part.kvs[: len(kvs)])
-                seconds += per_pair * queries * keys / kernel.full_rate(queries, keys)
-            if part.causal:
-                seconds += per_pair * queries * (queries + 1) / 2 / kernel.causal_rate(queries)
-            called = (seconds > 0).any(1)
-            self._attend_seconds[key] = (seconds * self._count).sum(1) + called * self._rates.call_seconds
-        return self._attend_seconds[key]
+    def _merge_seconds(self, kind: Index, heads: Index) -> Floats:
+        rows, rates = self._rows[kind], self._rates
+        state_bytes = rows * heads[:, None] * (self._shape.head_dim + 1) * 4
+        return np.asarray(state_bytes / rates.merge_bytes + (rows > 0) * rates.fold_seconds)
+
+    def _attend_seconds(self) -> Floats:
+        """[parts, batches]. What a part costs depends on the kind of its queries and on how many keys of each kind it
+        meets, which one number stands for: a sum of 64 random bits for each kind.
+        """
+        parts, keys = self._flow.parts, self._flow.keys
+        random = np.random.default_rng(0).integers(1 << 62, size=self._kind.max() + 1)
+        met = self._kind[keys.cut, keys.chunk]
+        signature = np.zeros(len(parts.q), np.int64)
+        np.add.at(signature, keys.part, random[met])
+        asked = np.stack([self._whole[parts.q], parts.heads, parts.causal, signature], 1)
+        one = np.ascontiguousarray(asked, np.int64).view("V32").ravel()
+        _, sample, which = np.unique(one, return_index=True, return_inverse=True)
+        place = np.full(len(parts.q), -1)
+        place[sample] = np.arange(len(sample))
+        mine = place[keys.part] >= 0
+        num_keys = np.zeros((len(sample), *self._count.shape), np.int64)
+        np.add.at(num_keys, place[keys.part[mine]], self._sequence_rows[met[mine]])
+        queries = self._sequence_rows[self._whole[parts.q[sample]]]
+        kernel, per_pair = self._rates.kernel, 4 * self._shape.head_dim * parts.heads[sample][:, None, None]
+        seconds = per_pair * queries * num_keys / kernel.full_rate(queries, num_keys)
+        own = np.flatnonzero(parts.causal[sample])
+        pairs = queries[own] * (queries[own] + 1) / 2
+        seconds[own] += per_pair[own] * pairs / kernel.causal_rate(queries[own])
+        called = (seconds > 0).any(2)
+        return np.asarray(((seconds * self._count).sum(2) + called * self._rates.call_seconds)[which.ravel()])

@@ -9,17 +9,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sp_backend.columns import Forms, columns_of
 from sp_backend.layout import CAUSAL, KV, STATE, Block, Layout
 from sp_backend.plan import Plan
 
 Positions = NDArray[np.int64]
 
 
-def piece_rows(rows: int, piece: tuple[int, int]) -> tuple[int, int]:
+Rows = TypeVar("Rows", int, NDArray[np.int64])
+
+
+def piece_rows(rows: Rows, piece: tuple[int, int]) -> tuple[Rows, Rows]:
     """The half-open range of a chunk's rows that piece (i, n) is."""
     i, n = piece
     return rows * i // n, rows * (i + 1) // n
@@ -80,13 +85,17 @@ def block_bytes(layout: Layout, block: Block, rows: int, head_dim: int, itemsize
 
 def predicted_bytes(plan: Plan, geometry: Geometry, head_dim: int, itemsize: int) -> list[Counter[tuple[int, int]]]:
     """Per round: bytes from rank src to rank dst, by (src, dst)."""
-    rounds = []
-    for r in plan.rounds:
-        links: Counter[tuple[int, int]] = Counter()
-        for t in r.transfers:
-            rows = geometry.num_rows(t.block)
-            links[t.src, t.dst] += block_bytes(plan.layout, t.block, rows, head_dim, itemsize)
-        rounds.append(+links)
+    columns = columns_of(plan)
+    forms, t, ranks = Forms(columns), columns.transfers, plan.layout.num_ranks
+    rows = [[geometry.num_rows(Block(KV, c, (0, 1), cut)) for c in range(plan.layout.num_chunks)] for cut in forms.cuts]
+    width = [block_bytes(plan.layout, forms.block(i, 0), 1, head_dim, itemsize) for i in range(forms.number)]
+    size = np.array(rows)[forms.sent_cut, t.chunk] * np.array(width)[forms.transfer]
+    links, index = np.unique((t.round * ranks + t.src) * ranks + t.dst, return_inverse=True)
+    total = np.bincount(index.ravel(), size, len(links)).astype(int).tolist()
+    rounds = [Counter[tuple[int, int]]() for _ in range(columns.num_rounds)]
+    for link, num_bytes in zip(links.tolist(), total, strict=True):
+        if num_bytes:
+            rounds[link // ranks**2][link // ranks % ranks, link % ranks] = num_bytes
     return rounds
 
 
