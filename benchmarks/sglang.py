@@ -65,11 +65,8 @@ def show(result: dict[str, Any]) -> str:
 
 def measure(rank: int, size: int, name: str, length: int, repeats: int) -> dict[str, float]:
     """One layer on one rank. The first call, of a short prompt, opens connections and loads code."""
-    from sglang_cpu import all_gather
-
     from tests.sglang.pools import Prompt, prepared
 
-    all_gather.register()
     times, sent, peaks = [], 0, []
     with prepared(rank, size, name, [Prompt(64)], **SIZES) as run:
         run()

@@ -31,7 +31,7 @@ class SGLangServer:
         cp_size: int = 2,
         tp_size: int | None = None,
         env: Mapping[str, str] | None = None,
-        startup_seconds: float = 240,
+        startup_seconds: float = 280,
     ) -> None:
         """tp_size: SGLang's, which counts CP ranks too; None: cp_size. args: more flags, which win."""
         self.port = free_port()

@@ -31,6 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "qwen3": make_checkpoint(folder / "qwen3", "qwen3", **sizes),
         "qwen3_moe": make_checkpoint(folder / "qwen3_moe", MOE, **sizes),
+        "llama": make_checkpoint(folder / "llama", "llama3", **sizes),
     }
 
 
@@ -94,7 +95,14 @@ def test_every_model_strategy_and_world(
 ) -> None:
     page_size = "64" if tp_size > cp_size else "1"
     with SGLangServer(
-        models[model], backend, *SERVING, "--page-size", page_size, cp_size=cp_size, tp_size=tp_size
+        models[model],
+        backend,
+        *SERVING,
+        "--page-size",
+        page_size,
+        cp_size=cp_size,
+        tp_size=tp_size,
+        startup_seconds=800,
     ) as server:
         check_server(server, models[model], backend, cp_size, tp_size // cp_size)
 
@@ -104,3 +112,21 @@ def test_a_broken_merge_changes_tokens(models: dict[str, Path]) -> None:
     """So the comparison above is able to fail."""
     with SGLangServer(models["qwen3"], "sp_ring_pass_kv", *SERVING, env={"SGLANG_CPU_FAULT": "merge"}) as server:
         assert answers(server, prompt(100)) != [expected(models["qwen3"], prompt(100))]
+
+
+@pytest.mark.matrix
+def test_llama_is_refused_because_its_tokens_would_be_wrong(models: dict[str, Path]) -> None:
+    """Unchecked, it starts and answers without an error, with our backend and with SGLang's own all-gather alike."""
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM divides attention heads by --tp-size"):
+        SGLangServer(models["llama"], "sp_ring_pass_kv", *SERVING).__enter__()
+    for backend in ("sp_ring_pass_kv", "all_gather_for_tests"):
+        with SGLangServer(models["llama"], backend, *SERVING, env={"SGLANG_CPU_FAULT": "unchecked"}) as server:
+            assert answers(server, prompt(100)) != [expected(models["llama"], prompt(100))]
+
+
+@pytest.mark.matrix
+def test_sglangs_own_all_gather_is_right_with_the_same_kernel(models: dict[str, Path]) -> None:
+    """So what the benchmark compares with is a working server."""
+    with SGLangServer(models["qwen3"], "all_gather_for_tests", *SERVING) as server:
+        for tokens in (prompt(100), LONG):
+            assert answers(server, tokens) == [expected(models["qwen3"], tokens)]

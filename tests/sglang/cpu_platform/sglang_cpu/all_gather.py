@@ -15,16 +15,6 @@ from sp_backend.kernels import HeadMap, Span, Work
 from sp_backend.sglang_plugin.backend import SPAttentionBackend
 from sp_backend.sglang_plugin.rows import cached_slots
 
-NAME = "all_gather_for_tests"
-
-
-def register() -> None:
-    from sglang.srt.arg_groups.choices import add_attention_backend_choices
-    from sglang.srt.layers.attention.attention_registry import register_attention_backend
-
-    add_attention_backend_choices([NAME])
-    register_attention_backend(NAME)(AllGatherBackend)
-
 
 class AllGatherBackend(SPAttentionBackend):
     def __init__(self, runner: Any) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+ALL_GATHER = "all_gather_for_tests"
 GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
 
 
 def register() -> None:
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     # it asks for the current CUDA stream, on any device
@@ -20,11 +23,19 @@ def register() -> None:
     # its collectives are custom operators, which a platform from outside gets for device PrivateUse1 only
     HookRegistry.register(f"{GROUP}.all_gather_into_tensor", _all_gather_into_tensor, HookType.REPLACE)
     HookRegistry.register(f"{GROUP}.reduce_scatter_tensor", _reduce_scatter_tensor, HookType.REPLACE)
+    add_attention_backend_choices([ALL_GATHER])
+    register_attention_backend(ALL_GATHER)(_all_gather)
     fault = os.environ.get("SGLANG_CPU_FAULT")
     if fault == "merge":
         _break_merging()
     if fault == "unchecked":
         HookRegistry.register("sp_backend.sglang_plugin.support.check", _pass, HookType.REPLACE)
+
+
+def _all_gather(runner: Any) -> Any:
+    from sglang_cpu.all_gather import AllGatherBackend
+
+    return AllGatherBackend(runner)
 
 
 def _no_stream(self: Any, *args: Any, **kwargs: Any) -> None:
