@@ -145,7 +145,12 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
         help="shorter prompts stay on one rank (default: where spreading is predicted to pay)",
     )
     add("--device", default="auto", metavar="{auto,cpu}")
-    add("--attention-backend", choices=("torch_cpu", "reference"), default="torch_cpu")
+    add(
+        "--attention-backend",
+        choices=(AUTO, "native", "torch_cpu", "reference"),
+        default=AUTO,
+        help="attention kernel (default: auto, the native one where this CPU and a C++ compiler allow, else torch_cpu)",
+    )
     add("--threads-per-rank", type=int, metavar="N", help="default: cores / ranks")
     add("--oversubscribe", action="store_true", help="allow more ranks than cores (slow; for tests)")
     add("--dist-timeout", type=float, default=300.0, metavar="SECONDS", help="limit of one transfer between ranks")

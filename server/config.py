@@ -24,6 +24,7 @@ from sp_backend.config import AUTO, BackendConfig
 from sp_backend.layout import CAUSAL, FULL
 from sp_backend.models.config import ModelConfig, check_parallel
 from sp_backend.models.pooling_config import read_pooling
+from sp_backend.native import choose_kernel
 from sp_backend.strategies import FLAGS, Options, Variant, plan_for
 from sp_backend.strategies.mapping import read_cycles
 from sp_backend.topology import load_machine
@@ -227,6 +228,8 @@ def num_cores() -> int:
 
 def _warnings(args: argparse.Namespace) -> list[str]:
     result = []
+    if args.attention_backend == AUTO and choose_kernel()[0] != "native":
+        result.append(f"--attention-backend auto: torch_cpu, which is slower: {choose_kernel()[1]}")
     if args.sp_size == 1:
         unused = {
             "--sp-strategy": args.sp_strategy != AUTO,
@@ -302,7 +305,7 @@ def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context
         topology=args.sp_topology,
         causal=_is_causal(args, model),
         redundant_kv=args.sp_redundant_kv,
-        kernel=args.attention_backend,
+        kernel=_kernel(args.attention_backend),
         page_size=args.page_size,
         num_pages=num_pages,
         kv_memory_bytes=kv_memory,
@@ -311,6 +314,13 @@ def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context
         seed=args.random_seed,
         dist_timeout=args.dist_timeout,
     )
+
+
+def _kernel(asked: str) -> str:
+    name, why = choose_kernel() if asked in (AUTO, "native") else (asked, "")
+    if asked == "native" != name:
+        raise UsageError(f"--attention-backend native: {why}")
+    return name
 
 
 def _check_topology(args: argparse.Namespace) -> None:

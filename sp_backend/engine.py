@@ -25,6 +25,7 @@ from sp_backend.geometry import Geometry
 from sp_backend.kernels import get_kernel
 from sp_backend.layout import Kind
 from sp_backend.measure import machine_of
+from sp_backend.native import choose_kernel
 from sp_backend.planner import Planner
 from sp_backend.schedule import Schedule
 from sp_backend.shards import cut
@@ -34,8 +35,6 @@ from sp_backend.transport.gather import gather_bytes
 from sp_backend.transport.gloo import GlooTransport, ProcessGroup, process_group
 
 logger = logging.getLogger(__name__)
-
-KERNEL = "torch_cpu"
 
 Lengths = tuple[int, ...]
 
@@ -87,6 +86,8 @@ class Engine:
 
     def __init__(self, group: ProcessGroup) -> None:
         self.transport: Transport = GlooTransport.over(group)
+        self.kernel, why = choose_kernel()
+        logger.info("attention kernel: %s (%s)", self.kernel, why)
         self._pool = BufferPool()
         self._executors: dict[Problem, Executor] = {}
         self._planners: dict[Problem, Planner | None] = {}
@@ -134,7 +135,7 @@ class Engine:
                 head_dim=problem.head_dim,
                 itemsize=problem.dtype.itemsize,
             )
-            machine = machine_of(self.transport, KERNEL, shape, problem.dtype)
+            machine = machine_of(self.transport, self.kernel, shape, problem.dtype)
             self._planners[problem] = None
             if self.transport.rank == 0:
                 self._planners[problem] = Planner(
@@ -164,7 +165,7 @@ class Engine:
         return Executor(
             plan,
             self.transport.rank,
-            get_kernel(KERNEL),
+            get_kernel(self.kernel),
             self.transport,
             head_dim=problem.head_dim,
             dtype=problem.dtype,

@@ -13,9 +13,9 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from sp_backend.cost import ModelShape
-from sp_backend.engine import KERNEL
 from sp_backend.kernels import Attention, HeadMap, Work, get_kernel
 from sp_backend.layout import Block
+from sp_backend.native import choose_kernel
 from sp_backend.sglang_plugin import BACKENDS
 from sp_backend.sglang_plugin.plans import GroupPlans, Prepared
 from sp_backend.sglang_plugin.rows import CPRows, WholeRows
@@ -45,7 +45,7 @@ class SPAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang has 
             itemsize=runner.dtype.itemsize,
         )
         self._scale: float = layer.scaling
-        self._kernel = get_kernel(KERNEL)
+        self._kernel = get_kernel(choose_kernel()[0])
         transport = GlooTransport.over(get_parallel().attn_cp_group.device_group)
         self._plans = GroupPlans(BACKENDS[name], transport, self._shape, runner.dtype, self._scale)
         self._sharded: tuple[CPRows, Prepared] | None = None  # the batch that runs; one of the two is there

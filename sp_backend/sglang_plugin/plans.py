@@ -11,11 +11,11 @@ import torch
 from sp_backend.buffers import BufferPool
 from sp_backend.config import AUTO
 from sp_backend.cost import ModelShape, PlanCost
-from sp_backend.engine import KERNEL
 from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry, predicted_bytes
 from sp_backend.kernels import get_kernel
 from sp_backend.measure import machine_of
+from sp_backend.native import choose_kernel
 from sp_backend.plan import Plan
 from sp_backend.prune import prune
 from sp_backend.schedule import Schedule
@@ -48,7 +48,7 @@ class GroupPlans:
     ) -> None:
         """shape: heads are those of one rank. Raises RuntimeError if a rank does not answer in time."""
         self.transport, self._shape = transport, shape
-        pool, kernel = BufferPool(), get_kernel(KERNEL)
+        pool, kernel = BufferPool(), get_kernel(choose_kernel()[0])
         self._executors = {
             name: Executor(
                 _plan(name, transport.size, shape),
@@ -65,7 +65,7 @@ class GroupPlans:
         self._needed = {name: without_copies(executor.plan) for name, executor in self._executors.items()}
         self._costs: dict[str, PlanCost] = {}
         if strategy == AUTO:
-            machine = machine_of(transport, KERNEL, shape, dtype)
+            machine = machine_of(transport, choose_kernel()[0], shape, dtype)
             self._costs = {name: PlanCost(e.plan, machine, shape) for name, e in self._executors.items()}
         self._prepare = lru_cache(maxsize=32)(self._prepare_rows)
 

@@ -20,6 +20,7 @@ from scheduler.config import SchedulerConfig
 from sp_backend.catalog import planner_for
 from sp_backend.config import BackendConfig
 from sp_backend.models.config import ModelConfig
+from sp_backend.native import choose_kernel
 from sp_backend.planner import OFF, Choice, Planner
 from sp_backend.strategies import STRATEGIES
 from sp_backend.topology import load_machine
@@ -78,7 +79,13 @@ def expected_logits(model: Path) -> Logits:
 
 def backend(model: Path, **changes: Any) -> BackendConfig:
     return BackendConfig(
-        model_path=str(model), dtype="float32", page_size=PAGE, num_pages=48, context_length=1024, **changes
+        model_path=str(model),
+        dtype="float32",
+        page_size=PAGE,
+        num_pages=48,
+        context_length=1024,
+        kernel=choose_kernel()[0],
+        **changes,
     )
 
 

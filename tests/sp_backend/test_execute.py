@@ -13,6 +13,7 @@ from sp_backend.geometry import Geometry, predicted_bytes, query_key_pairs
 from sp_backend.kernels import Attention, Work, get_kernel
 from sp_backend.kernels.reference import kernel as reference
 from sp_backend.layout import KV, Block, Kind, Layout
+from sp_backend.native import choose_kernel
 from sp_backend.plan import Plan
 from sp_backend.program import compile_rank
 from sp_backend.prune import prune
@@ -21,6 +22,7 @@ from sp_backend.strategies import STRATEGIES, plan_for, prove, variants
 from sp_backend.transport.lockstep import LockstepNetwork
 from tests.lockstep import Batch, Request, error, run_lockstep
 
+KERNEL = choose_kernel()[0]
 RAGGED = [Request(37, 20), Request(3, home=1), Request(1, 50, 1), Request(0, 5), Request(16, 3, 2), Request(1, 9, 3)]
 SIZES = {  # ranks -> (query heads, KV heads): some groups are cut, MQA and MHA are there
     1: [(8, 2), (4, 4)],
@@ -77,7 +79,7 @@ def test_ragged_batches_with_history_equal_full_attention(name: str, kind: str, 
 def test_without_a_causal_mask_every_query_sees_every_key(name: str, kind: str, redundant: bool) -> None:
     for plan in plans(name, kind, redundant, [2, 3], causal=False):
         batch = Batch(plan.layout, RAGGED)
-        assert error(run_lockstep(plan, batch, kernel=get_kernel("torch_cpu")).outs, batch.expected()) < 1e-5
+        assert error(run_lockstep(plan, batch, kernel=get_kernel(KERNEL)).outs, batch.expected()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
@@ -109,7 +111,7 @@ def test_many_packed_segments_under_a_full_mask() -> None:
     for variant in variants(3, 6):
         plan = plan_for(variant, num_ranks=3, num_heads=6, num_kv_heads=6, causal=False)
         batch = Batch(plan.layout, segments)
-        assert error(run_lockstep(plan, batch, kernel=get_kernel("torch_cpu")).outs, batch.expected()) < 1e-5
+        assert error(run_lockstep(plan, batch, kernel=get_kernel(KERNEL)).outs, batch.expected()) < 1e-5
 
 
 @pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
@@ -117,17 +119,17 @@ def test_many_packed_segments_under_a_full_mask() -> None:
 def test_sliding_windows(name: str, kind: str, redundant: bool, window: int) -> None:
     for plan in plans(name, kind, redundant, [2, 4])[::3]:
         batch = Batch(plan.layout, RAGGED)
-        for kernel in ("reference", "torch_cpu"):
+        for kernel in ("reference", "torch_cpu", KERNEL):
             outs = run_lockstep(plan, batch, kernel=get_kernel(kernel), window=window).outs
             assert error(outs, batch.expected(window)) < 1e-5
 
 
 @pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
-def test_torch_cpu_kernel_in_bfloat16(name: str, kind: str, redundant: bool) -> None:
+def test_the_fast_kernel_in_bfloat16(name: str, kind: str, redundant: bool) -> None:
     """As close to fp64 as partial results rounded to bf16 can be: a small multiple of bf16's 2^-9."""
     for plan in plans(name, kind, redundant, [1, 3, 4]):
         batch = Batch(plan.layout, RAGGED, dtype=torch.bfloat16)
-        result = run_lockstep(plan, batch, kernel=get_kernel("torch_cpu"))
+        result = run_lockstep(plan, batch, kernel=get_kernel(KERNEL))
         assert error(result.outs, batch.expected()) < 0.03
         assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 2)
 
@@ -149,7 +151,7 @@ def test_up_to_sixteen_ranks(num_ranks: int) -> None:
             sizes = {"num_ranks": num_ranks, "num_heads": 2 * num_ranks, "num_kv_heads": num_ranks}
             plan = plan_for(name, kind=kind, **sizes)  # type: ignore[arg-type]
             batch = Batch(plan.layout, [Request(9 * num_ranks + 1, 2 * num_ranks + 5), Request(1, 33, 5)], head_dim=2)
-            result = run_lockstep(plan, batch, kernel=get_kernel("torch_cpu"))
+            result = run_lockstep(plan, batch, kernel=get_kernel(KERNEL))
             assert error(result.outs, batch.expected()) < 1e-5
             assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
 
@@ -160,7 +162,7 @@ def test_every_variant(num_ranks: int) -> None:
     for variant in variants(num_ranks, 12):
         plan = plan_for(variant, num_ranks=num_ranks, num_heads=12, num_kv_heads=4)
         batch = Batch(plan.layout, RAGGED)
-        result = run_lockstep(plan, batch, kernel=get_kernel("torch_cpu"))
+        result = run_lockstep(plan, batch, kernel=get_kernel(KERNEL))
         assert error(result.outs, batch.expected()) < 1e-5, plan.name
         assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
 

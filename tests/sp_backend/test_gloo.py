@@ -13,6 +13,7 @@ from sp_backend.execute import Executor
 from sp_backend.geometry import predicted_bytes
 from sp_backend.kernels import get_kernel
 from sp_backend.layout import Kind
+from sp_backend.native import choose_kernel
 from sp_backend.strategies import STRATEGIES, plan_for, variants
 from sp_backend.transport import Message
 from sp_backend.transport.gloo import GlooTransport, sp_groups
@@ -45,7 +46,7 @@ def run_cases(rank: int, size: int, num_ranks: int, plans: list[Case], dtype: to
         batch = Batch(plan.layout, REQUESTS, dtype=dtype)
         wire.bytes.clear()
         executor = Executor(
-            plan, rank, get_kernel("torch_cpu"), wire, head_dim=batch.head_dim, dtype=dtype, overlap=overlap
+            plan, rank, get_kernel(choose_kernel()[0]), wire, head_dim=batch.head_dim, dtype=dtype, overlap=overlap
         )
         schedule = executor.schedule(batch.geometry)
         for _ in range(3):  # layers: buffers are reused
@@ -66,7 +67,7 @@ def test_every_plan_gives_the_bits_of_lockstep_and_sends_the_predicted_bytes(
         plan = plan_for(**case)
         batch = Batch(plan.layout, REQUESTS, dtype=dtype)
         outs = batch.gather([results[i][0] for results in by_rank])
-        alone = run_lockstep(plan, batch, kernel=get_kernel("torch_cpu"))
+        alone = run_lockstep(plan, batch, kernel=get_kernel(choose_kernel()[0]))
         assert all(torch.equal(a, b) for a, b in zip(outs, alone.outs, strict=True)), case
         sent: Counter[tuple[int, int]] = sum((results[i][1] for results in by_rank), Counter())
         predicted: Counter[tuple[int, int]] = sum(

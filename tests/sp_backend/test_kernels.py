@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp_backend.kernels import HeadMap, HeadRun, Span, Work, get_kernel
+from sp_backend.native import choose_kernel
 from sp_backend.state import AttentionState
 
-FAST = ["torch_cpu", "native"]
+CHOSEN, WHY = choose_kernel()
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(CHOSEN != "native", reason=WHY))
+FAST = ["torch_cpu", NATIVE]
 
 
 def make_work(
