@@ -31,6 +31,7 @@ from sp_backend.catalog import ITEMSIZE, planner_for
 from sp_backend.planner import Planner
 
 log = logging.getLogger("server.launch")
+SWITCH_SECONDS = 0.0005  # how long the controller's thread waits for the interpreter while the HTTP thread works
 Connect = Callable[[ServerConfig], AbstractContextManager[Client]]
 
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None, connect: Connect | None = None) -> i
     log.info("Configuration: %s", config.summary())
     if config.why_no_generation is not None:
         log.info("Embeddings only. %s", config.why_no_generation)
+    sys.setswitchinterval(SWITCH_SECONDS)
     signal.signal(signal.SIGTERM, _exit_on_signal)  # so that the workers are ended while they load, too
     try:
         with (connect or run_workers)(config) as client:
