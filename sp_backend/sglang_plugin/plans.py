@@ -122,5 +122,5 @@ def _plan(strategy: str, num_ranks: int, shape: ModelShape) -> Plan:
 
 
 def without_copies(plan: Plan) -> Plan:
-    """What of a plan's transfers attention needs; pruning does not look at the cached tokens, which stay."""
-    return prune(replace(plan, layout=replace(plan.layout, history="none")))
+    """What of a plan's transfers attention needs: pruned under a layout in which no rank has to keep keys."""
+    return prune(replace(plan, layout=replace(plan.layout, history="all")))
