@@ -130,6 +130,17 @@ def test_plans_of_groups_of_ranks(folder: Path, causal: bool) -> None:
     assert len(restless.chosen) >= 4 and any("@2" in plan for plan in restless.chosen)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_in_bfloat16(folder: Path, causal: bool) -> None:
+    model = checkpoint(folder, "qwen3")
+    config = msgspec.structs.replace(engine_config(model, causal, 2, "ring_pass_kv"), dtype="bfloat16")
+    it = Engine(config, SchedulerConfig(chunked_prefill_size=CHUNK, sp_threshold=THRESHOLD))
+    for pooling, wanted in expected(model, causal).items():
+        for output, want in zip(it.embed(INPUTS, pooling), wanted, strict=True):
+            got = output.embedding
+            assert got is not None and got @ want / np.linalg.norm(got) / np.linalg.norm(want) >= 0.999
+
+
 def test_masks_differ(folder: Path) -> None:
     """So that the comparison above could fail."""
     model = checkpoint(folder, "qwen3")
