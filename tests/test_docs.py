@@ -18,6 +18,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "serv
 NOT_RUN = {  # command -> why
     "make test": "it is what runs this",
     "python3 -m venv": "it fetches from PyTorch's own index",
+    "pip install -e": "it fetches SGLang and what it pins: several GB",
+    "python -m sglang.launch_server": "tests/sglang serves with these flags",
+    "PYTHONPATH=tests/sglang/shims": "it needs SGLang",
     "python -m server.default_model": "training and its evaluation take most of an hour",
 }
 SMALLER = {"32768": "200", "65536": "3000", "2000": "150", "8000": "250", "64": "4", "16": "3", "256k": "8192"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig
 
+from benchmarks.launched import ROOT
 from tests.checkpoints import Family, make_checkpoint, oracle_greedy
 from tests.sglang.reports import ROUNDS, read_reports
 from tests.sglang.served import SGLangServer
@@ -78,6 +79,11 @@ def check_rounds(server: SGLangServer, backend: str, cp_size: int, attn_tp_size:
     assert any(r.cached % CHUNK == 0 and r.cached for r in reports), "no later chunk was sharded"
     assert any(90 <= r.new < 90 + 64 and r.cached > 700 for r in reports), "no cached prefix was used"
     assert sum(r.kept for r in reports) > 0
+
+
+def test_the_documented_command_is_what_is_served_here() -> None:
+    [documented] = [line for line in (ROOT / "docs" / "sglang.md").read_text().splitlines() if "launch_server" in line]
+    assert set(documented.split()[1:]) <= set(SGLangServer(Path("FOLDER"), "sp_ring_pass_kv").command)
 
 
 @pytest.mark.parametrize(("backend", "page_size"), [("sp_ring_pass_kv", 1), ("sp_token_ring", 64)])
