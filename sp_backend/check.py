@@ -23,6 +23,7 @@ from math import lcm
 import numpy as np
 from numpy.typing import NDArray
 
+from sp_backend.columns import columns_of, links_of
 from sp_backend.layout import CAUSAL, EMPTY, KV, STATE, Block, Heads, Layout, Q
 from sp_backend.plan import Attend, Plan, Transfer
 
@@ -82,7 +83,7 @@ def check(plan: Plan) -> Report:
             replay.arrived.setdefault((rank, block), when)
         for rank, chunk, folds in states:
             replay.slots[rank, chunk] += folds
-    sample = _Sample(plan.layout)
+    sample = Sample(plan.layout)
     for block, rank in plan.layout.finish():
         folds = replay.slots.pop((rank, block.chunk), [])
         replay.errors += _coverage(plan.layout, block, folds)
@@ -105,8 +106,8 @@ def rendezvous(plan: Plan, *, receives_first: bool = True) -> list[str]:
     ranks = range(plan.layout.num_ranks)
     steps: list[list[tuple[str, _Link]]] = [[] for _ in ranks]
     before: list[_Link] = []
-    for r in plan.rounds:
-        links = [link for link in dict.fromkeys((t.src, t.dst) for t in r.transfers) if {*link} <= {*ranks}]
+    for all_links in links_of(columns_of(plan)):
+        links = [link for link in all_links if {*link} <= {*ranks}]
         posts = [(dst, ("post", (src, dst))) for src, dst in links]
         waits = [(dst, ("wait for", (src, dst))) for src, dst in before]
         sends = [(src, ("send", (src, dst))) for src, dst in links]
@@ -242,7 +243,7 @@ def _kept(replay: _Replay) -> Iterator[str]:
                 yield f"kv{chunk} is not kept: rank {rank} ends with {share} of it"
 
 
-class _Sample:
+class Sample:
     """Ragged sequences laid out by the layout's own cut, to count (query token, key token) pairs."""
 
     def __init__(self, layout: Layout, page_size: int = 2) -> None:

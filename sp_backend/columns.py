@@ -21,6 +21,7 @@ from sp_backend.plan import Attend, Plan, Round, Transfer
 
 Column = NDArray[np.int32]
 Flags = NDArray[np.bool_]
+Index = NDArray[np.integer[Any]]
 OPERANDS: Final[tuple[Operand, ...]] = (Q, KV, STATE)
 _EMPTY, _CAUSAL, _FULL = range(3)
 
@@ -147,6 +148,16 @@ class Rounds(Sequence[Round]):
     def _rounds(self) -> tuple[Round, ...]:
         return tuple(_rounds_of(self.columns))
 
+    def of_rank(self, rank: int) -> Iterator[Round]:
+        """With no other rank's instructions."""
+        t, a = self.columns.transfers, self.columns.attends
+        mine = Columns(
+            take(t, np.flatnonzero((t.src == rank) | (t.dst == rank))),
+            take(a, np.flatnonzero(a.rank == rank)),
+            self.columns.num_rounds,
+        )
+        return _rounds_of(mine)
+
     @overload
     def __getitem__(self, index: int) -> Round: ...
 
@@ -212,6 +223,13 @@ def _rounds_of(columns: Columns) -> Iterator[Round]:
         yield Round(tuple(transfers[first:last]), tuple(attends[since:until]))
 
 
+def links_of(columns: Columns) -> list[list[tuple[int, int]]]:
+    """Per round: the links in use, in the order of their first transfer."""
+    links = list(zip(columns.transfers.src.tolist(), columns.transfers.dst.tolist(), strict=True))
+    bounds = columns.transfer_bounds
+    return [list(dict.fromkeys(links[a:b])) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
 @lru_cache(maxsize=64)
 def mask_table(layout: Layout) -> NDArray[np.int8]:
     """Layout.mask of every pair of a query chunk and a key chunk: 0 is empty, 1 causal, 2 full."""
@@ -270,6 +288,8 @@ class Forms:
         rest, cut = np.divmod(codes, number[1])
         self.operand, self.heads = np.divmod(rest, number[0])
         self.lo, self.hi = np.divmod(heads[self.heads], most)
+        low, high = np.divmod(heads, most)
+        self.heads_meet = (low[:, None] < high) & (low < high[:, None])  # of ranges of heads
         self.piece, self.pieces = np.divmod(cuts[cut], most)
 
     def block(self, form: int, chunk: int) -> Block:
@@ -283,6 +303,26 @@ class Forms:
         inside = (i * m <= j * n) & ((j + 1) * n <= (i + 1) * m)
         inside &= (self.lo[:, None] <= self.lo) & (self.hi <= self.hi[:, None])
         return np.asarray(inside & (self.operand[:, None] == self.operand))
+
+    def others_that_meet(self, form: int | np.integer[Any]) -> Index:
+        """Forms of which a block may have something in common with one of this form, and that are not this one."""
+        i, n, j, m = self.piece[form], self.pieces[form], self.piece, self.pieces
+        meet = (i * m < (j + 1) * n) & (j * n < (i + 1) * m) & (self.operand[form] == self.operand)
+        meet &= (self.lo[form] < self.hi) & (self.lo < self.hi[form])
+        meet[form] = False
+        return np.flatnonzero(meet)
+
+    def at_start(self, layout: Layout) -> tuple[Flags, Flags]:
+        """[rank, form, chunk]: whether all of a block, and whether some of it, is on a rank before the first round."""
+        shape = layout.num_ranks, self.number, layout.num_chunks
+        whole, some = np.zeros(shape, bool), np.zeros(shape, bool)
+        keys, queries = self.operand == OPERANDS.index(KV), self.operand == OPERANDS.index(Q)
+        for rank in range(layout.num_ranks):
+            lo, hi = layout.heads_of(rank)
+            for there, forms in ((whole, (lo <= self.lo) & (self.hi <= hi)), (some, (self.lo < hi) & (lo < self.hi))):
+                there[rank, np.flatnonzero(queries & forms)[:, None], layout.q_of(rank)] = True
+                there[rank, np.flatnonzero(keys)[:, None], layout.kv_of(rank)] = True
+        return whole, some
 
     @cached_property
     def holders(self) -> Column:

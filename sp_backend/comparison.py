@@ -6,6 +6,7 @@ predictions, and prefers off on near ties.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,10 @@ from typing import Final, Literal
 
 import numpy as np
 
-from sp_backend.cost import ModelShape, PlanCost, Sizes
+from sp_backend.cost import ModelShape, PlanCost, Sizes, least_seconds
 from sp_backend.geometry import predicted_bytes
 from sp_backend.planner import OFF, Batch, Candidate, lay_out
-from sp_backend.strategies import Variant, plan_for, variants
+from sp_backend.strategies import STRATEGIES, Variant, plan_for, prove, variants
 from sp_backend.topology import Floats, Machine
 
 MOST_RANKS_OF_ALL: Final = 16  # beyond, plans are so large that costing every variant takes minutes
@@ -59,21 +60,55 @@ class Question:
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             causal=self.causal,
+            proven=False,
         )
         return PlanCost(replace(plan, name=str(variant)), self.machine.first(ranks), shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """A variant that was not costed, and the least that it can take."""
+
+    variant: Variant
+    seconds: float  # of what candidates are ranked by
+    slow: bool  # it might be the best, but its plan is so large that costing it takes seconds
+
+
 class Comparison:
-    """Every candidate of a question costed, fastest first."""
+    """The candidates of a question costed, fastest first, and those that would be slower even if sending were free."""
 
     def __init__(self, question: Question) -> None:
         """Raises ValueError if the forced variant does not fit."""
         self.question = question
-        self._costs = {variant: question.cost(variant) for variant in question.candidates()}
-        found = [self._candidate(variant, cost) for variant, cost in self._costs.items()]
-        self.ranked: list[Candidate] = sorted(found, key=self.seconds)
+        self._costs: dict[Variant, PlanCost] = {}
+        self.ranked: list[Candidate] = []
+        self.bounded: list[Bounded] = []
+        least = {variant: self._least(variant) for variant in question.candidates()}
+        best = math.inf
+        for variant in sorted(least, key=least.__getitem__):
+            if self._needs_costing(variant, least[variant], best):
+                self._costs[variant] = question.cost(variant)
+                self.ranked.append(self._candidate(variant, self._costs[variant]))
+                best = min(best, self.seconds(self.ranked[-1]))
+            else:
+                self.bounded.append(Bounded(variant, least[variant], slow=least[variant] <= best))
+        self.ranked.sort(key=self.seconds)
         self.best = self.ranked[0]
         self.shown = next((c for c in self.ranked if c.variant == question.forced), self.best)
+        prove(self.shown.plan)
+
+    def _needs_costing(self, variant: Variant, least: float, best: float) -> bool:
+        question = self.question
+        ranks = question.machine.num_ranks
+        if question.every_option or ranks <= MOST_RANKS_OF_ALL or variant == question.forced:
+            return True
+        return least <= best and (variant.degree or ranks) <= STRATEGIES[variant.strategy].quick_ranks
+
+    def _least(self, variant: Variant) -> float:
+        question = self.question
+        degree = 1 if variant == OFF else variant.degree or question.machine.num_ranks
+        attention, step = least_seconds(question.machine, question.shape, question.batch, degree, question.causal)
+        return step if question.whole_step else attention
 
     def seconds(self, candidate: Candidate) -> float:
         """What candidates are ranked by."""

@@ -12,14 +12,15 @@ Everything is computed for many batches at once (the last axis of every array), 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sp_backend.flow import Flow, Index, Messages, flow_of
+from sp_backend.columns import Index
+from sp_backend.flow import Flow, Messages, flow_of
 from sp_backend.geometry import Geometry, block_bytes, piece_rows
 from sp_backend.layout import Layout
 from sp_backend.plan import Plan
@@ -89,6 +90,22 @@ class Cost:
     @property
     def total_bytes(self) -> int:
         return sum(self.link_bytes.values())
+
+
+def least_seconds(
+    machine: Machine, shape: ModelShape, batch: Sequence[tuple[int, int]], degree: int, causal: bool = True
+) -> tuple[float, float]:
+    """What any plan that shares each prompt over `degree` ranks takes at least, for one layer's attention and a whole
+    step: its work, evenly spread, at the kernel's best rate. batch: (new, cached) tokens.
+    """
+    rates = machine.rates
+    most = max(*map(max, rates.kernel.full), *rates.kernel.causal)
+    pairs = [new * (cached + ((new + 1) / 2 if causal else new)) for new, cached in batch]
+    attention = [4 * shape.head_dim * shape.num_heads * n / most for n in pairs]
+    dense = [new * shape.dense_flops / rates.dense_flops for new, _ in batch]
+    step = [shape.num_layers * a + d for a, d in zip(attention, dense, strict=True)]
+    attends, steps = (max(max(x) / degree, sum(x) / machine.num_ranks) for x in (attention, step))
+    return attends, steps + rates.step_seconds
 
 
 class PlanCost:

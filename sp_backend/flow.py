@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sp_backend.columns import OPERANDS, Columns, Flags, Forms, columns_of
+from sp_backend.columns import OPERANDS, Columns, Flags, Forms, Index, columns_of
 from sp_backend.layout import KV, STATE, Layout, Q
 from sp_backend.plan import Plan
 
-Index = NDArray[np.integer[Any]]
 _Q, _KV, _STATE = (OPERANDS.index(x) for x in (Q, KV, STATE))
 
 
@@ -119,15 +118,11 @@ class _Flow:
         """start and came: [rank, form, chunk] held from the start, or else the message that brought it (-1: none)."""
         layout, forms, t = self._layout, self._forms, self._columns.transfers
         shape = layout.num_ranks, forms.number, layout.num_chunks
-        self._start, self._whole = np.zeros(shape, bool), np.zeros(shape[:2], bool)  # whole: just what is held
-        for rank in range(layout.num_ranks):
-            lo, hi = layout.heads_of(rank)
-            queries = (forms.operand == _Q) & (lo <= forms.lo) & (forms.hi <= hi)
-            self._start[rank, np.ix_(queries, layout.q_of(rank))[0], layout.q_of(rank)] = True
-            self._start[rank, np.flatnonzero(forms.operand == _KV)[:, None], layout.kv_of(rank)] = True
-            self._whole[rank] = queries & (forms.lo == lo) & (forms.hi == hi)
+        self._start, _ = forms.at_start(layout)
+        low, high = np.array([layout.heads_of(r) for r in range(layout.num_ranks)]).T[..., None]
+        self._whole = (forms.operand == _Q) & (forms.lo == low) & (forms.hi == high)  # [rank, form]: just what is held
         everything = (forms.lo == 0) & (forms.hi == layout.num_heads) & (forms.pieces == 1)
-        self._whole |= (forms.operand == _KV) & everything
+        self._whole = self._whole | ((forms.operand == _KV) & everything)
         blocks = np.flatnonzero(t.operand != _STATE)[::-1]  # of two that contain one, the first counts
         self._came = np.full(shape, -1, np.int32)
         self._arrived = np.zeros(shape, bool)  # just so
@@ -193,20 +188,17 @@ class _Flow:
         at = a.round.astype(np.int64) * ranks + a.rank
         group = at * forms.num_heads + forms.attend_heads
         fits, with_own, first = self._nested(np.flatnonzero(~own), group)
-        keys = (group * chunks + a.kv) * len(forms.cuts) + forms.read_cut
-        keys = np.where(a.causal, keys * (chunks + 1) + a.q + 1, keys * (chunks + 1))
-        apart = ~own & ~fits
-        first = np.where(fits, first, _first_of_each(np.where(fits, -1, keys)) + apart * number)
-        order = ((at * 2 + fits) * (2 * number + 1) + first) * 2 + (fits & with_own)
-        codes, call = _classes(order)
-        place = codes // (4 * (2 * number + 1))
+        keys = ((group * chunks + a.kv) * len(forms.cuts) + forms.read_cut) * 2 + a.causal
+        joined = group * 2 + with_own
+        same = _classes(np.where(fits, joined, keys + (int(joined.max(initial=0)) + 1)))[1]
+        sample = _last_of_each(same)
+        first[~fits] = _first_of_each(same)[~fits] + (~own & ~fits)[~fits] * number  # those that fit in none come last
+        order = np.lexsort((with_own[sample], first[sample], fits[sample], at[sample]))
+        place, call = at[sample][order], np.argsort(order)[same]
         round_, rank = np.divmod(place, ranks)
-        starts = np.flatnonzero(np.diff(place, prepend=-1))
-        turn = np.arange(len(place)) - np.repeat(starts, np.diff(np.append(starts, len(place))))
-        calls = Calls(round_, rank, turn)
+        calls = Calls(round_, rank, _within(place))
         found, part = _classes(call * chunks + a.q)
-        sample = np.zeros(len(found), np.intp)
-        sample[part] = np.arange(number)  # any attend of each part
+        sample = _last_of_each(part)  # any attend of each part
         causal = np.bincount(part, a.causal, len(found)) > 0
         of_call = found // chunks
         merges = self._merges(folds, sample, of_call)
@@ -239,9 +231,8 @@ class _Flow:
         viewers, is_own = np.bincount(key), np.bincount(key, causal) > 0
         its_group = entries // (chunks * len(forms.cuts))
         order = np.lexsort((np.arange(len(entries)), is_own, -viewers, its_group))  # entries ascend by chunk and piece
-        starts = np.flatnonzero(np.diff(its_group, prepend=-1))
         rank = np.empty(len(entries), np.intp)
-        rank[order] = np.arange(len(entries)) - np.repeat(starts, np.diff(np.append(starts, len(entries))))
+        rank[order] = _within(its_group)
         queries, q = _classes(mine * chunks + a.q[rows])
         seen = np.bincount(q)
         reach = np.zeros(len(queries), np.intp)
@@ -249,7 +240,7 @@ class _Flow:
         misplaced = np.bincount(q, (causal > 0) & (rank[key] != seen[q] - 1)) > 0
         fits[rows] = ((reach == seen - 1) & ~misplaced)[q]
         with_own[rows] = (np.bincount(q, causal) > 0)[q]
-        first[rows] = rows[_first_of_each(mine)]
+        first[rows] = rows[_first_of_each(_classes(mine)[1])]
         return fits, with_own, first
 
     def _merges(self, folds: Folds, sample: Index, call: Index) -> Flags:
@@ -297,25 +288,40 @@ def _slots(layout: Layout, rank: Index, chunk: Index, lo: Index, hi: Index) -> t
 def _classes(codes: NDArray[Any]) -> tuple[Index, Index]:
     """The distinct values, ascending, and for each code the index of its value."""
     most = int(codes.max(initial=0)) + 1
-    if most > 8 * len(codes) + 1024:
-        values, index = np.unique(codes, return_inverse=True)
-        return values, index
+    if most > 16 * len(codes) + 1024:
+        order = np.argsort(codes, kind="stable")
+        new = np.diff(codes[order], prepend=-1) > 0
+        index = np.empty(len(codes), np.intp)
+        index[order] = np.cumsum(new) - 1
+        return codes[order][new], index
     there = np.zeros(most, bool)
     there[codes] = True
-    return np.flatnonzero(there), (np.cumsum(there) - 1)[codes]
+    return np.flatnonzero(there), (np.cumsum(there, dtype=np.int32) - 1)[codes]
 
 
-def _first_of_each(codes: NDArray[Any]) -> Index:
-    """For each row the first row of its code."""
-    values, index = _classes(codes - codes.min(initial=0))
-    first = np.empty(len(values), np.intp)
-    first[index[::-1]] = np.arange(len(codes))[::-1]
-    return first[index]
+def _last_of_each(classes: Index) -> Index:
+    """[classes]: its last row."""
+    last = np.zeros(int(classes.max(initial=-1)) + 1, np.intp)
+    last[classes] = np.arange(len(classes))
+    return last
+
+
+def _first_of_each(classes: Index) -> Index:
+    """For each row the first row of its class."""
+    return (len(classes) - 1 - _last_of_each(classes[::-1]))[classes]
+
+
+def _within(ascending: NDArray[Any]) -> Index:
+    """For each row how many before it have the same value."""
+    starts = np.flatnonzero(np.diff(ascending, prepend=-1))
+    return np.arange(len(ascending)) - np.repeat(starts, np.diff(np.append(starts, len(ascending))))
 
 
 def _distinct(waits: Waits) -> Waits:
-    """Sorted, each once."""
-    order = np.lexsort((waits.message, waits.rank, waits.round))
-    rows = np.stack(waits)[:, order]
-    new = np.concatenate([[True], (rows[:, 1:] != rows[:, :-1]).any(0)])[: rows.shape[1]]
-    return Waits(*rows[:, new])
+    """Sorted, each once. All of a round (or call) and message are on one rank."""
+    messages = int(waits.message.max(initial=0)) + 1
+    codes, row = _classes(waits.round.astype(np.int64) * messages + waits.message)
+    rank = waits.rank[_last_of_each(row)]
+    round_, message = np.divmod(codes, messages)
+    order = np.lexsort((message, rank, round_))
+    return Waits(round_[order], rank[order], message[order])

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from sp_backend.layout import CAUSAL, Block, Layout, Mask
 
@@ -48,17 +48,30 @@ class RankRound(NamedTuple):
     attends: tuple[Attend, ...]
 
 
+class LazyRounds(Protocol):
+    """Rounds whose objects are made when somebody looks at them."""
+
+    def __getitem__(self, index: int, /) -> Round: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Round]: ...
+
+    def of_rank(self, rank: int) -> Iterable[Round]:
+        """With no other rank's instructions."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     name: str
     layout: Layout
-    rounds: Sequence[Round]  # of strategies: columns.Rounds, which makes the objects when somebody looks
-    _by_rank: list[tuple[RankRound, ...]] = field(default_factory=list, init=False, repr=False, compare=False)
+    rounds: tuple[Round, ...] | LazyRounds  # of strategies: columns.Rounds
+    _by_rank: dict[int, tuple[RankRound, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def for_rank(self, rank: int) -> tuple[RankRound, ...]:
-        if not self._by_rank:  # all ranks in one pass: whoever costs a plan of many asks for each
-            rounds = [_divide(r, self.layout.num_ranks) for r in self.rounds]
-            self._by_rank.extend(tuple(r[rank] for r in rounds) for rank in range(self.layout.num_ranks))
+        if rank not in self._by_rank:
+            seen = self.rounds if isinstance(self.rounds, tuple) else self.rounds.of_rank(rank)
+            self._by_rank[rank] = tuple(_part(r, rank) for r in seen)
         return self._by_rank[rank]
 
     @property
@@ -66,12 +79,14 @@ class Plan:
         """Equal on two processes exactly when they hold the same plan."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
-    def table(self) -> str:
+    def table(self, most_lines: int | None = None) -> str:
         """Ranks down, rounds across. `q3: kv0 kv3*` attends (* causal); `kv0,3>1` sends chunks 0 and 3 to
-        rank 1.
+        rank 1. Ranks that come after so many lines are left out.
         """
         cells = [["", *(f"round {i}" for i in range(len(self.rounds)))]]
         for rank in range(self.layout.num_ranks):
+            if most_lines is not None and len(cells) >= most_lines:
+                break
             columns = [_cell(r, self.layout) for r in self.for_rank(rank)]
             height = max((len(c) for c in columns), default=0)
             for line in range(max(height, 1)):
@@ -84,17 +99,13 @@ class Plan:
         return "\n".join([title, *lines])
 
 
-def _divide(whole: Round, num_ranks: int) -> list[RankRound]:
-    """A round's part of each rank."""
-    receives: list[list[Transfer]] = [[] for _ in range(num_ranks)]
-    sends: list[list[Transfer]] = [[] for _ in range(num_ranks)]
-    attends: list[list[Attend]] = [[] for _ in range(num_ranks)]
-    for t in whole.transfers:
-        sends[t.src].append(t)
-        receives[t.dst].append(t)
-    for a in whole.attends:
-        attends[a.rank].append(a)
-    return [RankRound(tuple(r), tuple(s), tuple(a)) for r, s, a in zip(receives, sends, attends, strict=True)]
+def _part(whole: Round, rank: int) -> RankRound:
+    """A round's part of one rank."""
+    return RankRound(
+        tuple(t for t in whole.transfers if t.dst == rank),
+        tuple(t for t in whole.transfers if t.src == rank),
+        tuple(a for a in whole.attends if a.rank == rank),
+    )
 
 
 def _cell(part: RankRound, layout: Layout) -> list[str]:

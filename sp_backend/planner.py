@@ -102,8 +102,7 @@ def _assign(work: Sequence[float], num_groups: int) -> list[list[int]]:
 
 
 class Planner:
-    """Made once for a machine and a model; `choose` for each step. Beside the plans' proofs, making it takes about
-    0.1 s for 2 ranks, 0.4 s for 4, 0.9 s for 8 and 4 s for 16; a decision on one prompt takes about 30 us.
+    """Made once for a machine and a model; `choose` for each step. PLANNER_TIME
 
     num_ranks: the SP size, at most the machine's ranks. layout: the server's. kind: of the chunks; None: each
     strategy's default. candidates: None: every variant that fits. Raises ValueError where one does not.
@@ -183,6 +182,7 @@ class Planner:
             num_kv_heads=self.shape.num_kv_heads,
             causal=self._causal,
             kind=self._kind if self._kind in STRATEGIES[variant.strategy].kinds else None,
+            proven=False,
         )
 
     def _degree(self, variant: Variant) -> int:

@@ -49,9 +49,10 @@ def complete(plan: Plan) -> Plan:
 
     In round t, from the second one on, rank r sends its own to rank r+t: never on a link that Q takes down a ring.
     """
-    layout, ranks, rounds = plan.layout, plan.layout.num_ranks, list(plan.rounds)
+    layout, ranks = plan.layout, plan.layout.num_ranks
     if layout.history != "copies":
         return plan
+    rounds = list(plan.rounds)
     arriving = {(t.dst, t.block.chunk) for r in rounds for t in r.transfers if layout.keeps(t.block)}
     rounds += [Round()] * (ranks - len(rounds))
     for step in range(1, ranks):
@@ -68,16 +69,17 @@ def prune(plan: Plan) -> Plan:
     this alone saves a quarter of the bytes.
     """
     columns = columns_of(plan)
-    columns = _kept(columns, _used(plan.layout, columns))
+    columns = _kept(columns, used(plan.layout, columns))
     if (columns.transfers.operand == _STATE).any():
         columns = _kept(columns, _filled(plan.layout, columns))
     return replace(plan, rounds=Rounds(_without_empty_rounds(columns)))
 
 
-def _used(layout: Layout, columns: Columns) -> Flags:
+def used(layout: Layout, columns: Columns) -> Flags:
     """[transfers]: whether the receiver attends or passes on some of it in a later round; states always are."""
     forms, t, a = Forms(columns), columns.transfers, columns.attends
-    used = np.zeros((layout.num_ranks, forms.number, layout.num_chunks), bool)  # something inside that form of a chunk
+    # something inside that form of a chunk is needed later on that rank
+    needed = np.zeros((layout.num_ranks, forms.number, layout.num_chunks), bool)
     live: Flags = t.operand == _STATE
     if layout.history == "copies":  # see Layout.keeps
         live |= (t.operand == _KV) & (t.chunk < layout.num_new)
@@ -85,12 +87,12 @@ def _used(layout: Layout, columns: Columns) -> Flags:
     def use(rank: Column, form: Column, chunk: Column) -> None:
         for holder in forms.holders[:, form]:
             there = holder >= 0
-            used[rank[there], holder[there], chunk[there]] = True
+            needed[rank[there], holder[there], chunk[there]] = True
 
     for i in reversed(range(columns.num_rounds)):
         sent = slice(*columns.transfer_bounds[i : i + 2])
         form, chunk = forms.transfer[sent], t.chunk[sent]
-        live[sent] |= used[t.dst[sent], form, chunk]
+        live[sent] |= needed[t.dst[sent], form, chunk]
         keep = live[sent]
         use(t.src[sent][keep], form[keep], chunk[keep])
         seen = slice(*columns.attend_bounds[i : i + 2])

@@ -17,7 +17,8 @@ _MOST_LINES: Final = 40
 def why(comparison: Comparison) -> str:
     """In a few sentences: what binds the best candidate, and what the next strategy loses by."""
     best, question = comparison.best, comparison.question
-    told = f"{best.variant} wins. {binds(comparison, best)}"
+    among = " of those costed" if any(b.slow for b in comparison.bounded) else ""
+    told = f"{best.variant} wins{among}. {binds(comparison, best)}"
     if question.whole_step:
         share = question.shape.num_layers * best.cost.seconds / best.cost.step_seconds
         told += f" Attention is {share:.0%} of the step's {milliseconds(best.cost.step_seconds)}."
@@ -102,9 +103,7 @@ def _ranking(comparison: Comparison) -> str:
     title = (
         f"{_number(len(comparison.ranked), 'candidate')}, the best variant of each strategy; ms of a layer's attention"
     )
-    possible = len(comparison.question.variants())
-    if possible > len(comparison.ranked):
-        title += f"\n(default options only, of so many ranks; --all costs all {possible} variants and takes minutes)"
+    title += _left_out(comparison)
     header = ["#", "plan", "attention", "exposed", "hidden", "ratio", "busiest link", "all links"]
     if comparison.question.whole_step:
         header.insert(2, "whole step")
@@ -120,6 +119,22 @@ def _ranking(comparison: Comparison) -> str:
     return f"{title}\n{_aligned(rows)}"
 
 
+def _left_out(comparison: Comparison) -> str:
+    """Lines on the variants that were not costed."""
+    told, slow = "", [b for b in comparison.bounded if b.slow]
+    beaten = [b for b in comparison.bounded if not b.slow]
+    if beaten:
+        least = milliseconds(min(b.seconds for b in beaten))
+        told += f"\n{len(beaten)} more are slower even if sending were free: they take at least {least}"
+    if slow:
+        names = ", ".join(f"{b.variant} >= {milliseconds(b.seconds)}" for b in slow)
+        told += f"\nnot costed, as so large a plan takes seconds (--all or --strategy does it): {names}"
+    possible = len(comparison.question.variants())
+    if possible > len(comparison.ranked) + len(comparison.bounded):
+        told += f"\n(default options only, of so many ranks; --all costs all {possible} variants and takes minutes)"
+    return told
+
+
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     """Names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -132,7 +147,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def plan_table(plan: Plan, whole: bool = False) -> str:
     """Ranks down, rounds across; cut to a screen unless the whole is asked for."""
-    lines = plan.table().split("\n")
+    lines = plan.table(None if whole else _MOST_LINES + 1).split("\n")
     if whole or (len(lines) <= _MOST_LINES and max(map(len, lines)) <= _MOST_COLUMNS):
         return "\n".join(lines)
     cut = [line if len(line) <= _MOST_COLUMNS else f"{line[: _MOST_COLUMNS - 1]}…" for line in lines[:_MOST_LINES]]
@@ -161,6 +176,9 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
         },
         "ranked_by": "step_seconds" if question.whole_step else "attention_seconds",
         "why": why(comparison),
+        "bounded": [
+            {"name": str(b.variant), "at_least_seconds": b.seconds, "slow": b.slow} for b in comparison.bounded
+        ],
         "candidates": [_row(comparison, c) for c in comparison.ranked],
         "plan": _plan(comparison.shown.plan),
     }

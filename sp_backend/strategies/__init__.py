@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sp_backend.check import check
 from sp_backend.layout import History, Kind, Layout
 from sp_backend.plan import Plan, PlanError
+from sp_backend.proof import is_proven
 from sp_backend.prune import complete, prune, replicate
 from sp_backend.strategies import (
     all_gather_kv,
@@ -87,6 +88,7 @@ class Strategy:
     useful: Callable[[int, int], Iterable[dict[str, Any]]] = lambda num_ranks, num_heads: [{}]  # options worth trying
     history: History = "all"
     layout: str | None = None  # the server's layout in which it can be asked for; None: chosen by the scheduler alone
+    quick_ranks: int = 1024  # of more ranks, plans have so many instructions that costing one takes seconds
 
 
 SPREAD: tuple[Kind, ...] = ("zigzag", "contiguous")
@@ -97,10 +99,15 @@ STRATEGIES: dict[str, Strategy] = {
     "ring_pass_q": Strategy(ring_pass_q.build, SPREAD, layout="tokens"),
     "token_ring": Strategy(token_ring.build, SPREAD, layout="tokens"),
     "hamilton": Strategy(
-        hamilton.build, SPREAD, ("num_rings", "cycles", "ranks_per_node"), hamilton.ring_counts, layout="tokens"
+        hamilton.build,
+        SPREAD,
+        ("num_rings", "cycles", "ranks_per_node"),
+        hamilton.ring_counts,
+        layout="tokens",
+        quick_ranks=32,
     ),
     "all_gather_kv": Strategy(all_gather_kv.build, SPREAD, layout="tokens"),
-    "ulysses": Strategy(ulysses.build, SPREAD, useful=ulysses.fits, layout="tokens"),
+    "ulysses": Strategy(ulysses.build, SPREAD, useful=ulysses.fits, layout="tokens", quick_ranks=32),
     "hybrid": Strategy(
         ulysses.build_hybrid, SPREAD, ("ulysses_degree", "ring_inside"), ulysses.hybrids, layout="tokens"
     ),
@@ -121,11 +128,13 @@ def plan_for(
     redundant_kv: bool = False,
     kind: Kind | None = None,
     copies: bool = False,
+    proven: bool = True,
 ) -> Plan:
     """Build, prune and prove a strategy's plan, once for the same arguments.
 
     variant: a strategy's name stands for its defaults. kind: None is the first layout of the strategy.
     copies: every rank has all cached tokens and keeps all new ones (history "copies" of Layout).
+    proven: False is for predictions alone; what is shown or run is proved.
     Raises ValueError for sizes and options that do not fit it.
     """
     if isinstance(variant, str):
@@ -135,7 +144,13 @@ def plan_for(
     if kind not in row.kinds:
         raise ValueError(f"strategy {variant.strategy} works on layouts {', '.join(row.kinds)}, not {kind}")
     history: History = "copies" if copies else row.history
-    return _plan(variant, Layout(num_ranks, kind, num_heads, num_kv_heads, causal, history, redundant_kv))
+    layout = Layout(num_ranks, kind, num_heads, num_kv_heads, causal, history, redundant_kv)
+    return _proven(variant, layout) if proven else _plan(variant, layout)
+
+
+@lru_cache(maxsize=1024)
+def _proven(variant: Variant, layout: Layout) -> Plan:
+    return prove(_plan(variant, layout))
 
 
 @lru_cache(maxsize=1024)
@@ -148,7 +163,7 @@ def _plan(variant: Variant, layout: Layout) -> Plan:
     else:
         groups = replace(layout, history="own", degree=variant.degree)  # refuses a degree that does not fit
         plan = replicate(row.build(replace(layout, num_ranks=variant.degree), **options), groups)
-    return prove(replace(prune(plan), name=str(variant)))
+    return replace(prune(plan), name=str(variant))
 
 
 def _row(variant: Variant) -> Strategy:
@@ -182,8 +197,8 @@ def variants(num_ranks: int, num_heads: int, layout: Literal["tokens", "heads"] 
 
 
 def prove(plan: Plan) -> Plan:
-    """The plan itself, if check() finds nothing wrong with it."""
-    errors = check(plan).errors
+    """The plan itself, if check() finds nothing wrong with it (which is_proven() spares where it can)."""
+    errors = () if is_proven(plan) else check(plan).errors
     if errors:
         shown = "\n  ".join(errors[:10])
         raise PlanError(f"plan {plan.name} on {plan.layout} has {len(errors)} errors:\n  {shown}")

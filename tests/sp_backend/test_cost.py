@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from sp_backend.cost import Cost, ModelShape, PlanCost
+from sp_backend.cost import Cost, ModelShape, PlanCost, least_seconds
 from sp_backend.geometry import predicted_bytes
 from sp_backend.planner import OFF, lay_out
-from sp_backend.strategies import Options, Variant
+from sp_backend.strategies import Options, Variant, plan_for, variants
 from sp_backend.topology import Machine, preset
 from tests.sp_backend.machines import BANDWIDTH, FLOPS, IDEAL, LLAMA_70B, MHA, mesh, one, plan_of, switch
 
@@ -153,3 +153,17 @@ def test_a_machine_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="a plan of 4 ranks on a machine of 8"):
         cost_of = plan_of("ring_pass_kv", 4, MHA)
         PlanCost(cost_of, switch(8), MHA)
+
+
+@pytest.mark.parametrize("topology", ["nvlink4-4", "pcie4-3", "2xnvlink4-4/nic400", "nic200-16"])
+@pytest.mark.parametrize("batch", [[(4096, 0)], [(100, 20000)], [(300, 5), (7000, 0), (64, 9000)]])
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_plan_takes_less_than_the_least(topology: str, batch: list[tuple[int, int]], causal: bool) -> None:
+    machine, shape = preset(topology), LLAMA_70B
+    ranks, heads = machine.num_ranks, shape.num_heads
+    for variant in [OFF, *variants(ranks, heads), *variants(ranks, heads, "heads")]:
+        plan = plan_for(variant, num_ranks=ranks, num_heads=heads, num_kv_heads=8, causal=causal, proven=False)
+        found = PlanCost(plan, machine, shape).cost(lay_out(plan.layout, batch))
+        degree = 1 if variant == OFF else variant.degree or ranks
+        attention, step = least_seconds(machine, shape, batch, degree, causal)
+        assert attention <= found.seconds and step <= found.step_seconds

@@ -95,6 +95,19 @@ def test_of_many_ranks_only_default_options_are_costed_unless_all_is_asked_for()
     assert everything.candidates() == everything.variants() and len(named) < len(everything.variants())
 
 
+def test_of_many_ranks_what_cannot_win_and_what_is_too_large_is_only_bounded() -> None:
+    question = Question(load_machine("8xnvlink4-8/nic400"), GQA, [(131072, 0)])
+    comparison = Comparison(question)
+    costed, bounded = {c.variant for c in comparison.ranked}, {b.variant: b for b in comparison.bounded}
+    assert costed | {*bounded} == {*question.candidates()} and not costed & {*bounded}
+    best = comparison.best.cost.seconds
+    for b in comparison.bounded:
+        assert b.slow == (b.variant in (Variant("ulysses"), Variant("hamilton"))) == (b.seconds <= best)
+    told = as_text(comparison)
+    assert "48 more are slower even if sending were free: they take at least 16.2 ms" in told
+    assert "not costed, as so large a plan takes seconds" in told and " wins of those costed. " in told
+
+
 def test_a_strategy_that_is_asked_for_is_shown_even_if_it_is_no_candidate() -> None:
     asked = Variant("hamilton", Options(num_rings=1))
     comparison = compare(forced=asked)
