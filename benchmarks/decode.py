@@ -61,20 +61,22 @@ def measure(server_args: Sequence[str], args: argparse.Namespace) -> Times:
     """args: streams, contexts, tokens, rounds."""
     cases = [(context, n) for context in args.contexts for n in args.streams]
     times: Times = {case: {BARE: [], SERVED: []} for case in cases}
+    vocab_size = load(list(server_args)).model.vocab_size
     with LaunchedServer(*server_args) as server, bare_loop(server_args) as bare:
         for _, (context, n) in tqdm([(r, case) for r in range(args.rounds) for case in cases], desc="Cases"):
-            prefix, prompts = make_prompts(context, n)
+            prefix, prompts = make_prompts(context, n, vocab_size)
             times[context, n][BARE].append(bare.inter_token_seconds(prefix, prompts, args.tokens))
             asyncio.run(stream(server.port, prefix, 1))
             times[context, n][SERVED].append(inter_token_seconds(server.port, prompts, args.tokens))
     return times
 
 
-def make_prompts(context: int, num_streams: int) -> tuple[list[int], list[list[int]]]:
-    """What all share, and the prompts."""
+def make_prompts(context: int, num_streams: int, vocab_size: int) -> tuple[list[int], list[list[int]]]:
+    """What all share, and the prompts. The ends of a vocabulary are often special tokens: they are left out."""
     random = np.random.default_rng(context)
-    prefix = random.integers(100, 1000, max(1, context - OWN_TOKENS)).tolist()
-    return prefix, [[*prefix, *random.integers(100, 1000, OWN_TOKENS).tolist()] for _ in range(num_streams)]
+    ids = min(100, vocab_size // 4), vocab_size * 9 // 10
+    prefix = random.integers(*ids, max(1, context - OWN_TOKENS)).tolist()
+    return prefix, [[*prefix, *random.integers(*ids, OWN_TOKENS).tolist()] for _ in range(num_streams)]
 
 
 class Recorder:
@@ -117,7 +119,7 @@ class BareLoop:
             for step, each in zip(steps, results, strict=True)
             if [part.num_new for group in step[0].groups for part in group.sequences] == [1] * len(prompts)
         ]
-        return statistics.median(seconds[SETTLE:])
+        return statistics.median(seconds[int(SETTLE * len(seconds)) :])
 
     def _plan(self, prompts: Sequence[list[int]], num_tokens: int) -> None:
         for prompt in prompts:

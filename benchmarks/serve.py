@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def idle_times(server: LaunchedServer, num_streams: int, prefill_tokens: int) -> dict[str, Idle]:
-    _, prompts = make_prompts(64, num_streams)
+    vocab_size = httpx.get(f"{server.url}/model_info", timeout=30).json()["vocab_size"]
+    _, prompts = make_prompts(64, num_streams, vocab_size)
     before = counted(server)
     inter_token_seconds(server.port, prompts, 100)
     between = counted(server)

@@ -9,13 +9,14 @@ import time
 from collections.abc import Sequence
 
 CHUNK = b"data: {"  # one of them for each token that has text
-SETTLE = 8  # tokens of each stream that do not count: others are still being prefilled
+SETTLE = 0.15  # of each stream does not count: others are still being prefilled
 
 
 def inter_token_seconds(port: int, prompts: Sequence[list[int]], num_tokens: int) -> float:
     """The median time between two tokens of a stream, while as many streams run as there are prompts."""
     arrivals = asyncio.run(_all(port, prompts, num_tokens))
-    begin, end = max(times[SETTLE] for times in arrivals), min(times[-1] for times in arrivals)
+    begin = max(times[int(SETTLE * len(times))] for times in arrivals)
+    end = min(times[-1] for times in arrivals)
     gaps = [b - a for times in arrivals for a, b in zip(times, times[1:], strict=False) if begin <= a and b <= end]
     if not gaps:
         raise RuntimeError(f"{len(prompts)} streams never ran all at once: more than {num_tokens} tokens are needed")

@@ -8,7 +8,6 @@ workers never wait for this thread. Aborts and new requests take effect with the
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # how soon a closing controller stops waiting for a step
 IDLE_SECONDS = 0.5  # how often idle workers are looked at
-PLANNED_AT = 0.5  # of a prefill step's predicted time, the next one is planned: later arrivals miss it
+PLANNED_AT = 0.5  # of a prefill step's expected time, the next one is planned: later arrivals miss it
 SHUT_DOWN = "the server is shutting down"
 
 
@@ -225,10 +224,8 @@ class Controller:
         step = self._in_flight[0]
         if step.planned.kind == "decode":
             return None
-        predicted = self.batcher.prefill_time.predict(step.planned.tokens, step.planned.pairs)
-        if predicted == math.inf:
-            return None
-        return self._poll_until(step.began + PLANNED_AT * predicted)
+        expected = self.batcher.prefill_time.expected(step.planned.tokens, step.planned.pairs)
+        return self._poll_until(step.began + PLANNED_AT * expected)
 
     def _await_results(self) -> list[StepResult] | None:
         """None if the controller is being closed."""

@@ -34,7 +34,7 @@ class PrefillTime:
         if tokens <= 0 or seconds <= 0:
             return
         if self._buckets:
-            fitted = self._fitted(tokens, pairs)
+            fitted = self.expected(tokens, pairs)
             self._ratios.append(min(max(seconds / max(fitted, 1e-9), 1.0), 4.0))
             self._margin = sorted(self._ratios)[int(0.8 * len(self._ratios))]
         place = (round(2 * math.log2(tokens)), round(2 * math.log2(pairs + 1)))
@@ -43,11 +43,16 @@ class PrefillTime:
         self._most_pairs = max(self._most_pairs, pairs)
         self._fit()
 
+    def expected(self, tokens: float, pairs: float) -> float:
+        """Seconds, as likely more as less."""
+        a, b, c = self._weights
+        return a + b * tokens + c * pairs
+
     def predict(self, tokens: float, pairs: float) -> float:
         """Seconds, on the careful side; infinite for sizes too far from what was measured."""
         if tokens > GROWTH * self._most_tokens or pairs > GROWTH * self._most_pairs:
             return math.inf
-        return self._fitted(tokens, pairs) * self._margin
+        return self.expected(tokens, pairs) * self._margin
 
     def largest(self, limit: float, most: int, size: Callable[[int], tuple[float, float]]) -> int:
         """The largest n in [0, most] whose size(n) = (tokens, pairs), growing with n, is predicted within limit."""
@@ -59,10 +64,6 @@ class PrefillTime:
             else:
                 high = middle - 1
         return low
-
-    def _fitted(self, tokens: float, pairs: float) -> float:
-        a, b, c = self._weights
-        return a + b * tokens + c * pairs
 
     def _fit(self) -> None:
         rows = [
