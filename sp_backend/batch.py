@@ -30,8 +30,7 @@ class GroupRows:
     kv_rows: dict[int, slice]  # new-token chunk -> rows of the keys projected in this step
     own_rows: slice  # those of them that this rank keeps in its cache ...
     own_slots: Rows  # ... and where
-    history_chunk: int
-    history: Rows  # cache rows of this rank's history, sequence by sequence
+    places: dict[int, Rows]  # chunk -> cache rows of its keys, sequence by sequence: history and what is kept
 
     def rows_of(self, i: int, chunk: int) -> slice:
         """The rows of the i-th sequence in a query chunk of this rank."""
@@ -143,11 +142,19 @@ class BatchBuilder:
             kv_rows, own_kv = dict(q_rows), own
         history = [table.slots(0, sequence.start) for table, sequence in zip(tables, group.sequences, strict=True)]
         own_slots = [
-            table.slots(at, at + rows[chunk])
+            np.concatenate(
+                [
+                    table.slots(at, at + rows[chunk])
+                    for table, sequence, rows in zip(tables, group.sequences, new, strict=True)
+                    for at in [sequence.start + sum(rows[:chunk])]
+                ]
+            )
             for chunk in own_chunks
-            for table, sequence, rows in zip(tables, group.sequences, new, strict=True)
-            for at in [sequence.start + sum(rows[:chunk])]
         ]
+        places = {
+            layout.history_of(self._sp_rank): Rows(np.concatenate([NO_INTS, *history]), self._device),
+            **{chunk: Rows(slots, self._device) for chunk, slots in zip(own_chunks, own_slots, strict=True)},
+        }
         laid = GroupRows(
             plan=group.plan,
             geometry=self._geometry(layout, group.sequences, tables, new),
@@ -155,8 +162,7 @@ class BatchBuilder:
             kv_rows=kv_rows,
             own_rows=own_kv,
             own_slots=Rows(np.concatenate([NO_INTS, *own_slots]), self._device),
-            history_chunk=layout.history_of(self._sp_rank),
-            history=Rows(np.concatenate([NO_INTS, *history]), self._device),
+            places=places,
         )
         return laid, tokens, positions
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from sp_backend.buffers import BufferPool, adjacent_rows, as_bytes, join_rows
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import Kernel
+from sp_backend.kv_cache import Rows
 from sp_backend.layout import KV, STATE, Block, Heads, Q
 from sp_backend.plan import Plan
-from sp_backend.program import compile_rank
 from sp_backend.schedule import Envelope, KernelCall, Schedule, ScheduleBuilder, Section, Slice
 from sp_backend.state import AttentionState
 from sp_backend.transport import Message, Pending, Transport
@@ -62,12 +62,10 @@ class Executor:
         assert (transport.rank, transport.size) == (rank, plan.layout.num_ranks), "transport of another group"
         self.plan, self.rank, self.transport = plan, rank, transport
         self.head_dim, self.dtype, self.device = head_dim, dtype, torch.device(device)
-        self.program = compile_rank(plan, rank)
         self.pool, self.overlap = pool or BufferPool(device), overlap
         self.counters = Counters()
         self._builder = ScheduleBuilder(
             plan=plan,
-            program=self.program,
             rank=rank,
             kernel=kernel,
             head_dim=head_dim,
@@ -75,21 +73,32 @@ class Executor:
             scale=head_dim**-0.5 if scale is None else scale,
             device=self.device,
         )
+        self.program = self._builder.program(())
 
-    def schedule(self, geometry: Geometry, window: int | None = None) -> Schedule:
-        return self._builder.build(geometry, window)
+    def schedule(
+        self, geometry: Geometry, window: int | None = None, places: Mapping[int, Rows] | None = None
+    ) -> Schedule:
+        """places: chunks of this rank whose keys are in pages when the schedule is run, and where."""
+        return self._builder.build(geometry, window, places or {})
 
     def run(
-        self, schedule: Schedule, q: Mapping[int, Tensor], kv: Mapping[int, Tensor], keep: Keep | None = None
+        self,
+        schedule: Schedule,
+        q: Mapping[int, Tensor],
+        kv: Mapping[int, Tensor],
+        pages: Tensor | None = None,
+        keep: Keep | None = None,
     ) -> dict[int, AttentionState]:
         """The state of every query chunk that ends on this rank.
 
         q: chunk -> [rows, heads, head_dim]; kv: chunk -> [rows, 2, kv_heads, head_dim], both in the model's
         dtype, a chunk's rows being its sequences', one after the other. Empty chunks may be absent. In layout
         heads, q has this rank's heads only. Neither may be written to before this returns.
+        pages: [slots, 2, kv_heads, head_dim] for a schedule with places. What has a place is attended there, and need
+        not be in kv; if it is, it is sent from there.
         keep: is shown every KV block that came, once, as rows like those of kv; it has to copy them.
         """
-        run = Run(self, schedule, q, kv, keep)
+        run = Run(self, schedule, q, kv, pages, keep)
         for i in range(len(schedule.rounds)):
             run.post(i)
             run.attend(i)
@@ -130,9 +139,10 @@ class Run:
         schedule: Schedule,
         q: Mapping[int, Tensor],
         kv: Mapping[int, Tensor],
+        pages: Tensor | None = None,
         keep: Keep | None = None,
     ) -> None:
-        self._executor, self._schedule, self._keep = executor, schedule, keep
+        self._executor, self._schedule, self._pages, self._keep = executor, schedule, pages, keep
         self._held: dict[Block, Tensor] = {}
         for block in executor.program.start:
             tensor = (q if block.operand == Q else kv).get(block.chunk)
@@ -231,7 +241,10 @@ class Run:
     def _read(self, part: Slice) -> Tensor:
         if (arrival := self._arrivals.get(part.held)) is not None:
             self._wait(arrival)
-        tensor = self._held[part.held]
+        tensor = self._held.get(part.held)
+        if tensor is None:
+            assert part.pages is not None and self._pages is not None, f"{part.held} is not there"
+            return part.pages.of(self._pages if part.heads is None else self._pages[:, :, slice(*part.heads)])
         if part.heads is not None:
             tensor = tensor[..., part.heads[0] : part.heads[1], :]
         if part.rows is not None:
@@ -239,10 +252,27 @@ class Run:
         return tensor
 
     def _call(self, call: KernelCall) -> None:
-        state = call.attend(self._queries(call), self._keys(call))
+        into = self._filled(call)
+        state = call.attend(self._queries(call), self._keys(call), into)
         self._executor.counters.kernel_calls += 1
+        if into is None:
+            for part in call.qs:
+                self._fold(part.block, state.rows(*part.rows).heads(*part.heads))
+
+    def _filled(self, call: KernelCall) -> AttentionState | None:
+        """The slots that a call adds to, as one state, if they hold something and lie together."""
+        if call.side_by_side:
+            return None
+        slots = []
         for part in call.qs:
-            self._fold(part.block, state.rows(*part.rows).heads(*part.heads))
+            heads = self._executor.program.slots[part.block.chunk, part.block.heads]
+            if (part.block.chunk, heads) not in self._slots:
+                return None
+            slots.append(self._state(part.block.chunk, part.block.heads))
+        if len(slots) == 1:
+            return slots[0]
+        out, lse = adjacent_rows([slot.out for slot in slots]), adjacent_rows([slot.lse for slot in slots])
+        return None if out is None or lse is None else AttentionState(out, lse)
 
     def _queries(self, call: KernelCall) -> Tensor:
         """[rows, heads, head_dim] of a call."""
@@ -256,6 +286,10 @@ class Run:
 
     def _keys(self, call: KernelCall) -> Tensor:
         """[rows, 2, kv_heads, head_dim] of a call."""
+        if call.paged is not None:
+            assert self._pages is not None, "a schedule with places needs pages"
+            pages = self._pages if call.paged.heads is None else self._pages[:, :, slice(*call.paged.heads)]
+            return pages if call.paged.rows is None else pages[slice(*call.paged.rows)]
         blocks = [self._read(part) for part in call.kvs]
         if len(blocks) == 1:
             return blocks[0]

@@ -1,9 +1,10 @@
 """Which attends of a rank and round become one kernel call. Pure: no torch, no sizes.
 
 Received keys: put in order of how many query chunks see them, the ones that a chunk sees come first and its own
-chunk last, so one call does for all that see no causal block and one for those that do. Keys held from the start
-are not joined, since a long history is not worth moving: attends that read the same keys become one call over
-several query chunks, and adjacent groups of heads that meet the same keys are put side by side.
+chunk last, so one call does for all that see no causal block and one for those that do. So do keys in pages, which
+are joined without moving them. Other keys held from the start are not joined, since a long history is not worth
+moving: attends that read the same keys become one call over several query chunks, and adjacent groups of heads that
+meet the same keys are put side by side.
 """
 
 from __future__ import annotations
@@ -26,14 +27,20 @@ class Fused:
     causal: bool  # the last that each meets is its own chunk
 
 
-def fuse(attends: Sequence[Attend], start: Callable[[Block], Block | None]) -> list[Fused]:
-    """start: the block held from the start that contains a given one, if any."""
-    joined, apart = _nested([a for a in attends if start(a.kv) is None])
-    return _by_keys([a for a in attends if start(a.kv) is not None] + apart, start) + joined
+def fuse(attends: Sequence[Attend], start: Callable[[Block], Block | None], paged: Sequence[int] = ()) -> list[Fused]:
+    """start: the block held from the start that contains a given one, if any. paged: chunks whose keys are in pages,
+    in the order of their positions."""
+    received = [a for a in attends if start(a.kv) is None]
+    pages = [a for a in attends if a.kv.chunk in paged]
+    if len({a.q.heads for a in pages}) > 1:  # side by side is better
+        pages = []
+    held = [a for a in attends if a not in received and a not in pages]
+    (local, alone), (joined, apart) = _nested(pages, paged), _nested(received)
+    return local + _by_keys(held + alone + apart, start) + joined
 
 
-def _nested(attends: Sequence[Attend]) -> tuple[list[Fused], list[Attend]]:
-    """Calls over joined keys, and the attends that fit in none."""
+def _nested(attends: Sequence[Attend], order: Sequence[int] = ()) -> tuple[list[Fused], list[Attend]]:
+    """Calls over joined keys, and the attends that fit in none. order: of the chunks of keys that equally many see."""
     by_heads: dict[object, list[Attend]] = defaultdict(list)
     for a in attends:
         by_heads[a.q.heads].append(a)
@@ -42,7 +49,10 @@ def _nested(attends: Sequence[Attend]) -> tuple[list[Fused], list[Attend]]:
     for group in by_heads.values():
         viewers = Counter(a.kv for a in group)
         own = {a.q: a.kv for a in group if a.mask == CAUSAL}
-        kvs = sorted(viewers, key=lambda kv: (-viewers[kv], kv in own.values(), kv))
+        kvs = sorted(
+            viewers,
+            key=lambda kv: (-viewers[kv], kv in own.values(), order.index(kv.chunk) if order else kv.chunk, kv),
+        )
         seen: dict[Block, list[Attend]] = defaultdict(list)
         for a in group:
             seen[a.q].append(a)

@@ -96,21 +96,25 @@ class KVCache:
         else:
             self._layers[layer].index_copy_(0, rows.index, kv)
 
-    def read(self, layer: int, rows: Rows) -> torch.Tensor:
-        """[len(rows), 2, kv_heads, head_dim]; a view where the rows lie together, else a copy."""
-        if rows.contiguous:
-            return self._layers[layer][rows.low : rows.low + len(rows)]
-        return self._layers[layer].index_select(0, rows.index)
+    def pages(self, layer: int) -> torch.Tensor:
+        """[rows, 2, kv_heads, head_dim], to be read."""
+        return self._layers[layer]
 
 
 class Rows:
     """Cache rows of a step, prepared once and used by every layer."""
 
     def __init__(self, slots: Ints, device: torch.device) -> None:
-        self._len = len(slots)
-        self.low = int(slots[0]) if self._len else 0
-        self.contiguous = bool(np.array_equal(slots, np.arange(self.low, self.low + self._len)))
+        self.slots = slots
+        self.low = int(slots[0]) if len(slots) else 0
+        self.contiguous = bool(np.array_equal(slots, np.arange(self.low, self.low + len(slots))))
         self.index = torch.from_numpy(slots).to(device)  # [rows] int64
 
     def __len__(self) -> int:
-        return self._len
+        return len(self.slots)
+
+    def of(self, pages: torch.Tensor) -> torch.Tensor:
+        """[len(rows), ...]; a view where the rows lie together, else a copy."""
+        if self.contiguous:
+            return pages[self.low : self.low + len(self)]
+        return pages.index_select(0, self.index)

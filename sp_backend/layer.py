@@ -26,7 +26,7 @@ class StepAttention:
         self._cache = cache
         self._executors = executors
         by_window = {
-            window: [executors[group.plan].schedule(group.geometry, window) for group in batch.groups]
+            window: [executors[group.plan].schedule(group.geometry, window, group.places) for group in batch.groups]
             for window in set(windows)
         }
         self._schedules = [by_window[window] for window in windows]  # [layer][group]
@@ -53,8 +53,7 @@ class StepAttention:
     ) -> None:
         self._cache.write(layer, group.own_slots, kv[group.own_rows])
         held = {chunk: kv[rows] for chunk, rows in group.kv_rows.items()}
-        held[group.history_chunk] = self._cache.read(layer, group.history)
         queries = {chunk: q[rows] for chunk, rows in group.q_rows.items()}
-        states = self._executors[group.plan].run(schedule, queries, held)
+        states = self._executors[group.plan].run(schedule, queries, held, self._cache.pages(layer))
         for chunk, rows in group.q_rows.items():
             out[rows] = states[chunk].out

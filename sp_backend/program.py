@@ -7,7 +7,7 @@ kernel calls. Results are folded in the order written here, so the same run give
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,7 +99,8 @@ class _Holdings:
         return Call(qs, tuple(self.use(kv, when) for kv in fused.kvs), fused.num_seen, fused.causal)
 
 
-def compile_rank(plan: Plan, rank: int) -> Program:
+def compile_rank(plan: Plan, rank: int, paged: Sequence[int] = ()) -> Program:
+    """paged: the chunks whose keys this rank has in pages, all in one tensor, in the order of their positions."""
     start = tuple(b for b, r in plan.layout.start() if r == rank)
     holdings, own = _Holdings(start), _Holdings(start)
     received: list[Block] = []
@@ -107,7 +108,7 @@ def compile_rank(plan: Plan, rank: int) -> Program:
     for when, part in enumerate(plan.for_rank(rank)):
         sends = _by_peer((t.dst, t.block) for t in part.sends)
         outgoing = tuple(Outgoing(dst, tuple(holdings.use(b, when) for b in blocks)) for dst, blocks in sends)
-        calls = tuple(holdings.call(fused, when) for fused in fuse(part.attends, own.find))
+        calls = tuple(holdings.call(fused, when) for fused in fuse(part.attends, own.find, paged))
         receives = _by_peer((t.src, t.block) for t in part.receives)
         for block in (b for _, blocks in receives for b in blocks if b.operand != STATE):
             holdings.add(block)

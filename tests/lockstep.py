@@ -12,6 +12,7 @@ from torch import Tensor
 from sp_backend.execute import Executor, Keep, Run
 from sp_backend.geometry import Geometry, Positions
 from sp_backend.kernels import Kernel, get_kernel
+from sp_backend.kv_cache import Rows
 from sp_backend.layout import Block, Layout
 from sp_backend.plan import Plan
 from sp_backend.transport.lockstep import LockstepNetwork
@@ -85,6 +86,17 @@ class Batch:
             for c in self.layout.kv_of(rank)
         }
 
+    def pages_of(self, rank: int) -> tuple[dict[int, Rows], Tensor]:
+        """Where this rank's keys lie, scattered over a pool, and the pool. What others project has no place in it."""
+        kv = {c: kv for c, kv in self.kv_of(rank).items() if self.layout.owner(c) == rank}
+        total = sum(map(len, kv.values()))
+        order = np.random.default_rng(rank).permutation(2 * total)[:total]
+        slots = np.split(order, np.cumsum([len(part) for part in kv.values()])[:-1])
+        pool = torch.full((2 * total + 1, 2, self.layout.num_kv_heads, self.head_dim), torch.nan, dtype=self.dtype)
+        for rows, part in zip(slots, kv.values(), strict=True):
+            pool[torch.from_numpy(rows)] = part
+        return {c: Rows(rows, torch.device("cpu")) for c, rows in zip(kv, slots, strict=True)}, pool
+
     def gather(self, states: Sequence[dict[int, Tensor]]) -> list[Tensor]:
         """Per sequence [new, heads, head_dim], from each rank's outputs by chunk."""
         outs = [torch.full(q.shape, torch.nan) for q in self.q]
@@ -128,7 +140,9 @@ def run_lockstep(
     window: int | None = None,
     layers: int = 1,
     overlap: bool = True,
+    paged: bool = False,
 ) -> LockstepResult:
+    """paged: each rank's keys lie scattered in a pool; its new ones are given as tensors as well, as by a model."""
     kernel = kernel or get_kernel("reference")
     network = LockstepNetwork(plan.layout.num_ranks)
     wires = [RecordingTransport(network.rank(r)) for r in range(network.size)]
@@ -136,11 +150,20 @@ def run_lockstep(
         Executor(plan, r, kernel, wire, head_dim=batch.head_dim, dtype=batch.dtype, overlap=overlap)
         for r, wire in enumerate(wires)
     ]
-    schedules = [e.schedule(batch.geometry, window) for e in executors]
+    places, pages = zip(*(batch.pages_of(r) if paged else ({}, None) for r in range(network.size)), strict=True)
+    schedules = [e.schedule(batch.geometry, window, places[r]) for r, e in enumerate(executors)]
+    given = range(plan.layout.num_new if paged else plan.layout.num_chunks)
     for _ in range(layers):
         kept: list[dict[Block, Tensor]] = [{} for _ in executors]
         runs = [
-            Run(e, s, batch.q_of(r), batch.kv_of(r), _keeper(kept[r]))
+            Run(
+                e,
+                s,
+                batch.q_of(r),
+                {c: kv for c, kv in batch.kv_of(r).items() if c in given},
+                pages[r],
+                _keeper(kept[r]),
+            )
             for r, (e, s) in enumerate(zip(executors, schedules, strict=True))
         ]
         links = []

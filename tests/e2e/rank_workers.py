@@ -136,8 +136,8 @@ def sabotage(rank: int, size: int, config: BackendConfig, how: str) -> None:
     if how == "wrong RoPE factor":
         worker.decoder._inv_freq *= 0.98
     elif how == "dropped KV block":
-        read = worker._cache.read
-        worker._cache.read = lambda layer, rows: read(layer, rows) * (rank != 0)  # type: ignore[method-assign]
+        pages = worker._cache.pages
+        worker._cache.pages = lambda layer: pages(layer) * (rank != 0)  # type: ignore[method-assign]
     else:
         raise ValueError(how)
 

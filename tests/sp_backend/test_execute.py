@@ -82,6 +82,30 @@ def test_without_a_causal_mask_every_query_sees_every_key(name: str, kind: str, 
         assert error(run_lockstep(plan, batch, kernel=get_kernel(KERNEL)).outs, batch.expected()) < 1e-5
 
 
+@pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
+@pytest.mark.parametrize("window", [None, 6])
+def test_keys_scattered_over_pages_are_attended_there(
+    name: str, kind: str, redundant: bool, window: int | None
+) -> None:
+    for plan in plans(name, kind, redundant, [1, 2, 3, 4]):
+        batch = Batch(plan.layout, RAGGED)
+        for kernel in ("reference", "torch_cpu"):
+            result = run_lockstep(plan, batch, kernel=get_kernel(kernel), window=window, paged=True, layers=2)
+            assert error(result.outs, batch.expected(window)) < 1e-5
+            assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
+
+
+def test_keys_in_pages_are_attended_in_one_call_a_round() -> None:
+    """History and new keys of this rank together: a decoded token, and a zigzag ring of two ranks."""
+    for name, kind, ranks, request in (
+        ("local", "home", 1, Request(1, 50)),
+        ("ring_pass_kv", "zigzag", 2, Request(40, 50)),
+    ):
+        plan = plan_for(name, num_ranks=ranks, num_heads=8, num_kv_heads=2, kind=kind)  # type: ignore[arg-type]
+        for executor in run_lockstep(plan, Batch(plan.layout, [request, request]), paged=True).executors:
+            assert executor.counters.kernel_calls == ranks
+
+
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("name", sorted(COPYING))
 def test_with_copies_every_rank_is_shown_every_new_key_once(name: str, kind: str) -> None:

@@ -48,7 +48,7 @@ def test_what_is_written_is_read_back(slots: list[int]) -> None:
     rows = Rows(np.array(slots, np.int64), torch.device("cpu"))
     kv = torch.randn(len(slots), 2, 2, 8)
     cache.write(1, rows, kv)
-    assert torch.equal(cache.read(1, rows), kv)
+    assert torch.equal(rows.of(cache.pages(1)), kv)
     assert rows.contiguous == (slots != [5, 7, 6])
     assert cache.nbytes == 3 * KVCache.bytes_per_page(
         num_layers=2, page_size=PAGE, num_kv_heads=2, head_dim=8, itemsize=4
