@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from sp_backend.layout import KV, STATE, Block, Heads, Q
 from sp_backend.plan import Plan
 from sp_backend.schedule import Envelope, KernelCall, Schedule, ScheduleBuilder, Section, Slice
 from sp_backend.state import AttentionState
-from sp_backend.transport import Message, Pending, Transport
+from sp_backend.transport import Expected, Message, Receiving, Sending, Transport
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class Counters:
 
 
 Keep = Callable[[Block, Tensor], None]
+Waited = TypeVar("Waited")
 
 
 class Executor:
@@ -109,24 +111,24 @@ class Executor:
 class _Arrival:
     """A message on its way, waited for at the first use of one of its blocks."""
 
-    buffer: Tensor
-    pending: Pending
+    envelope: Envelope
+    receiving: Receiving
     live: int  # blocks that are still to be read
-    done: bool = False
+    data: Tensor | None = None
 
 
 @dataclass(slots=True)
 class _ArrivingState:
-    block: Block
-    state: AttentionState
+    section: Section
     arrival: _Arrival
 
 
 @dataclass(slots=True)
-class _Sending:
-    """What a round sends, and the buffers that are free once all of it has left."""
+class _Leaving:
+    """What a round sends, and what is free once all of it has left: messages read, and buffers."""
 
-    pending: list[Pending] = field(default_factory=list)
+    sending: list[Sending] = field(default_factory=list)
+    read: list[Receiving] = field(default_factory=list)
     buffers: list[Tensor] = field(default_factory=list)
 
 
@@ -153,54 +155,57 @@ class Run:
         self._arriving: list[_ArrivingState] = []
         self._slots: dict[tuple[int, Heads], AttentionState] = {}
         self._usable: list[_ArrivingState] = []  # asked for in an earlier round
-        self._sending = _Sending()
-        self._sent = _Sending()  # in the round before
-        self._receiving: list[Pending] = []
+        self._leaving = _Leaving()
+        self._left = _Leaving()  # in the round before
+        self._receiving: list[_Arrival] = []
 
     def post(self, index: int) -> None:
         """Ask for what comes in a round and send what leaves."""
-        r, pool = self._schedule.rounds[index], self._executor.pool
-        self._sent, self._sending = self._sending, _Sending()
-        receives = [Message(e.peer, pool.take(e.num_bytes)) for e in r.receives]
-        self._receiving, self._sending.pending = self._executor.transport.exchange(receives, self._messages(r.sends))
+        r = self._schedule.rounds[index]
+        self._left, self._leaving = self._leaving, _Leaving()
+        expected = [Expected(e.peer, e.num_bytes) for e in r.receives]
+        receiving, self._leaving.sending = self._executor.transport.exchange(expected, self._messages(r.sends))
         self._usable, self._arriving = self._arriving, []
-        for envelope, message, p in zip(r.receives, receives, self._receiving, strict=True):
-            self._expect(envelope, _Arrival(message.data, p, len(envelope.sections)))
+        self._receiving = [
+            _Arrival(envelope, coming, len(envelope.sections))
+            for envelope, coming in zip(r.receives, receiving, strict=True)
+        ]
+        for arrival in self._receiving:
+            self._expect(arrival)
 
     def attend(self, index: int) -> None:
         """Do a round's kernel calls, fold the states that came in the round before, and free what was read."""
         r = self._schedule.rounds[index]
         if not self._executor.overlap:
-            for pending in (*self._receiving, *self._sending.pending):
-                self._timed(pending)
+            for arrival in self._receiving:
+                self._wait(arrival)
+            for sending in self._leaving.sending:
+                self._timed(sending.wait)
         for call in r.calls:
             self._call(call)
         for arriving in self._usable:
             self._fold_arrived(arriving)
         for block in r.dead:
             self._drop(block)
-        self._settle(self._sent)
+        self._settle(self._left)
 
     def finish(self) -> dict[int, AttentionState]:
         for arriving in self._arriving:
             self._fold_arrived(arriving)
         for block in list(self._arrivals):  # came to be kept alone
             self._drop(block)
-        self._settle(self._sending)
+        self._settle(self._leaving)
         counters = self._executor.counters
         counters.query_key_pairs += self._schedule.query_key_pairs
         return {b.chunk: self._state(b.chunk, b.heads) for b in self._executor.program.finish}
 
-    def _expect(self, envelope: Envelope, arrival: _Arrival) -> None:
+    def _expect(self, arrival: _Arrival) -> None:
         """Note the blocks of a message that was asked for."""
-        for section in envelope.sections:
-            block = section.use.block
-            if block.operand == STATE:
-                state = self._state_view(arrival.buffer, section)
-                self._arriving.append(_ArrivingState(block, state, arrival))
+        for section in arrival.envelope.sections:
+            if section.use.block.operand == STATE:
+                self._arriving.append(_ArrivingState(section, arrival))
             else:
-                self._held[block] = self._view(arrival.buffer, section)
-                self._arrivals[block] = arrival
+                self._arrivals[section.use.block] = arrival
 
     def _messages(self, envelopes: Sequence[Envelope]) -> Iterator[Message]:
         for envelope in envelopes:
@@ -213,14 +218,19 @@ class Run:
             whole = as_bytes([self._read(slices[s.use]) for s in sections])
             if whole is not None:
                 return whole
-        buffer = self._executor.pool.take(envelope.num_bytes)
+        buffer = self._executor.transport.take(envelope.num_bytes)
         for section in sections:
             if section.use.block.operand == STATE:
                 self._move_state(section, self._state_view(buffer, section))
             else:
-                self._view(buffer, section).copy_(self._read(slices[section.use]))
-        self._sending.buffers.append(buffer)
+                self._copy(slices[section.use], self._view(buffer, section))
         return buffer
+
+    def _copy(self, part: Slice, target: Tensor) -> None:
+        if part.held not in self._held and part.pages is not None and not part.pages.contiguous:
+            torch.index_select(self._in_pages(part.heads), 0, part.pages.index, out=target)
+        else:
+            target.copy_(self._read(part))
 
     def _view(self, buffer: Tensor, section: Section) -> Tensor:
         block, head_dim = section.use.block, self._executor.head_dim
@@ -243,13 +253,17 @@ class Run:
             self._wait(arrival)
         tensor = self._held.get(part.held)
         if tensor is None:
-            assert part.pages is not None and self._pages is not None, f"{part.held} is not there"
-            return part.pages.of(self._pages if part.heads is None else self._pages[:, :, slice(*part.heads)])
+            assert part.pages is not None, f"{part.held} is not there"
+            return part.pages.of(self._in_pages(part.heads))
         if part.heads is not None:
             tensor = tensor[..., part.heads[0] : part.heads[1], :]
         if part.rows is not None:
             tensor = join_rows([tensor[lo:hi] for lo, hi in part.rows if hi > lo])
         return tensor
+
+    def _in_pages(self, heads: tuple[int, int] | None) -> Tensor:
+        assert self._pages is not None, "a schedule with places needs pages"
+        return self._pages if heads is None else self._pages[:, :, heads[0] : heads[1]]
 
     def _call(self, call: KernelCall) -> None:
         into = self._filled(call)
@@ -287,8 +301,7 @@ class Run:
     def _keys(self, call: KernelCall) -> Tensor:
         """[rows, 2, kv_heads, head_dim] of a call."""
         if call.paged is not None:
-            assert self._pages is not None, "a schedule with places needs pages"
-            pages = self._pages if call.paged.heads is None else self._pages[:, :, slice(*call.paged.heads)]
+            pages = self._in_pages(call.paged.heads)
             return pages if call.paged.rows is None else pages[slice(*call.paged.rows)]
         blocks = [self._read(part) for part in call.kvs]
         if len(blocks) == 1:
@@ -298,7 +311,7 @@ class Run:
         if joined is None:
             shape = sum(len(p) for p in parts), *parts[0].shape[1:]
             buffer = self._executor.pool.take(math.prod(shape) * parts[0].itemsize)
-            self._sending.buffers.append(buffer)
+            self._leaving.buffers.append(buffer)
             joined = torch.cat(parts, out=buffer.view(parts[0].dtype).view(shape))
         return joined
 
@@ -311,8 +324,9 @@ class Run:
             self._state(block.chunk, block.heads).merge_(state)
 
     def _fold_arrived(self, arriving: _ArrivingState) -> None:
-        self._wait(arriving.arrival)
-        self._state(arriving.block.chunk, arriving.block.heads).merge_(arriving.state)
+        block = arriving.section.use.block
+        came = self._state_view(self._wait(arriving.arrival), arriving.section)
+        self._state(block.chunk, block.heads).merge_(came)
         self._release(arriving.arrival)
 
     def _state(self, chunk: int, heads: Heads) -> AttentionState:
@@ -327,7 +341,7 @@ class Run:
     def _move_state(self, section: Section, target: AttentionState) -> None:
         """Write a state into a message and empty its slot."""
         block = section.use.block
-        for arriving in [a for a in self._arriving if a.block.chunk == block.chunk]:
+        for arriving in [a for a in self._arriving if a.section.use.block.chunk == block.chunk]:
             self._fold_arrived(arriving)
             self._arriving.remove(arriving)
         state = self._state(block.chunk, block.heads)
@@ -343,31 +357,38 @@ class Run:
     def _drop(self, block: Block) -> None:
         """Give up a received block, if it came at all."""
         if (arrival := self._arrivals.pop(block, None)) is not None:
-            tensor = self._held.pop(block)
             if self._keep is not None and block.operand == KV:
                 self._wait(arrival)
-                self._keep(block, tensor)
+                self._keep(block, self._held[block])
             self._release(arrival)
+            self._held.pop(block, None)
 
     def _release(self, arrival: _Arrival) -> None:
         """One of a message's blocks will not be read again."""
         arrival.live -= 1
         if arrival.live == 0:
             self._wait(arrival)  # its calls may all have been empty
-            self._sending.buffers.append(arrival.buffer)
+            self._leaving.read.append(arrival.receiving)
 
-    def _wait(self, arrival: _Arrival) -> None:
-        if not arrival.done:
-            arrival.done = True
-            self._timed(arrival.pending)
+    def _wait(self, arrival: _Arrival) -> Tensor:
+        """The message; its blocks can be read from now on."""
+        if arrival.data is None:
+            arrival.data = self._timed(arrival.receiving.wait)
+            for section in arrival.envelope.sections:
+                if section.use.block.operand != STATE:
+                    self._held[section.use.block] = self._view(arrival.data, section)
+        return arrival.data
 
-    def _settle(self, sending: _Sending) -> None:
-        for pending in sending.pending:
-            self._timed(pending)
-        for buffer in sending.buffers:
+    def _settle(self, leaving: _Leaving) -> None:
+        for sending in leaving.sending:
+            self._timed(sending.wait)
+        for receiving in leaving.read:
+            receiving.release()
+        for buffer in leaving.buffers:
             self._executor.pool.give(buffer)
 
-    def _timed(self, pending: Pending) -> None:
+    def _timed(self, wait: Callable[[], Waited]) -> Waited:
         since = time.perf_counter()
-        pending.wait()
+        done = wait()
         self._executor.counters.wait_seconds += time.perf_counter() - since
+        return done

@@ -31,7 +31,7 @@ from sp_backend.operations import operations
 from sp_backend.state import AttentionState
 from sp_backend.strategies import plan_for
 from sp_backend.topology import KernelRates, Link, Machine, Rates, Topology
-from sp_backend.transport import Message, Transport
+from sp_backend.transport import Expected, Message, Receiving, Sending, Transport
 from sp_backend.transport.gather import gather_bytes
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def machine_of(
     kernel: its name in KERNELS. folder: of the file; None: sp-serve below XDG_CACHE_HOME or ~/.cache.
     """
     hosts = [part.decode() for part in gather_bytes(transport, socket.gethostname().encode())]
-    path = (folder or cache_folder()) / f"machine-{_key(hosts, kernel, shape, dtype)}.json"
+    path = (folder or cache_folder()) / f"machine-{_key(hosts, transport.name, kernel, shape, dtype)}.json"
     found = b""
     if transport.rank == 0:
         try:
@@ -77,10 +77,10 @@ def machine_of(
     return machine
 
 
-def _key(hosts: Sequence[str], kernel: str, shape: ModelShape, dtype: torch.dtype) -> str:
+def _key(hosts: Sequence[str], transport: str, kernel: str, shape: ModelShape, dtype: torch.dtype) -> str:
     versions = FORMAT, version("torch"), platform.machine(), torch.get_num_threads()
     sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, str(dtype)
-    return hashlib.sha256(json.dumps([hosts, kernel, versions, sizes]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([hosts, transport, kernel, versions, sizes]).encode()).hexdigest()[:16]
 
 
 def _save(path: Path, machine: Machine) -> None:
@@ -243,12 +243,12 @@ def _measure_overheads(
     posting: list[float] = []
 
     def post() -> None:
-        data = torch.empty(2, SMALL_BYTES, dtype=torch.uint8)
         since = time.perf_counter()
-        receiving, sending = transport.exchange([Message(left, data[0])], [Message(right, data[1])])
+        receiving, sending = transport.exchange(
+            [Expected(left, SMALL_BYTES)], [Message(right, transport.take(SMALL_BYTES))]
+        )
         posting.append((time.perf_counter() - since) / 2)
-        for pending in (*receiving, *sending):
-            pending.wait()
+        _settle(receiving, sending)
 
     if size > 1:
         for _ in range(4 * REPEATS):
@@ -311,13 +311,20 @@ def _exchange(
     transport: Transport, sends: dict[int, int], receives: dict[int, int], meanwhile: Callable[[], object] | None = None
 ) -> None:
     """Messages of so many bytes to and from peers."""
-    incoming = [Message(peer, torch.empty(n, dtype=torch.uint8)) for peer, n in receives.items()]
-    outgoing = [Message(peer, torch.zeros(n, dtype=torch.uint8)) for peer, n in sends.items()]
+    incoming = [Expected(peer, n) for peer, n in receives.items()]
+    outgoing = (Message(peer, transport.take(n).zero_()) for peer, n in sends.items())
     receiving, sending = transport.exchange(incoming, outgoing)
     if meanwhile is not None:
         meanwhile()
-    for pending in (*receiving, *sending):
-        pending.wait()
+    _settle(receiving, sending)
+
+
+def _settle(receiving: Sequence[Receiving], sending: Sequence[Sending]) -> None:
+    for arriving in receiving:
+        arriving.wait()
+        arriving.release()
+    for leaving in sending:
+        leaving.wait()
 
 
 def _barrier(transport: Transport) -> None:

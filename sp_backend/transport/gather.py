@@ -7,19 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sp_backend.transport import Message, Transport
+from sp_backend.transport import Expected, Message, Transport
 
 
 def all_gather(transport: Transport, parts: Sequence[Tensor]) -> None:
     """Fill in the other ranks' parts from theirs. Flat uint8, one a rank; sizes are known to all, and may be 0."""
     mine = parts[transport.rank]
     peers = [peer for peer in range(transport.size) if peer != transport.rank]
+    senders = [peer for peer in peers if parts[peer].numel()]
     receiving, sending = transport.exchange(
-        [Message(peer, parts[peer]) for peer in peers if parts[peer].numel()],
+        [Expected(peer, parts[peer].numel()) for peer in senders],
         [Message(peer, mine) for peer in peers if mine.numel()],
     )
-    for pending in (*receiving, *sending):
-        pending.wait()
+    for peer, arriving in zip(senders, receiving, strict=True):
+        parts[peer].copy_(arriving.wait())
+        arriving.release()
+    for leaving in sending:
+        leaving.wait()
 
 
 def gather_bytes(transport: Transport, data: bytes) -> list[bytes]:

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup as ProcessGroup
 
-from sp_backend.transport import Message, Pending
+from sp_backend.buffers import BufferPool
+from sp_backend.transport import Expected, Message, Receiving, Sending
 
 
 def process_group(group: ProcessGroup | None) -> ProcessGroup:
@@ -38,9 +40,14 @@ def sp_groups(world_size: int, sp_size: int) -> list[list[int]]:
 class GlooTransport:
     """One rank's end of an SP group. Both process groups hold exactly that group's ranks, in order."""
 
+    name = "gloo"
+
     def __init__(self, upward: ProcessGroup, downward: ProcessGroup, timeout: float) -> None:
+        """timeout: seconds that a rank waits for another."""
         self._upward, self._downward = upward, downward
-        self._timeout = timedelta(seconds=timeout)
+        self.timeout = timeout
+        self.pool = BufferPool()
+        self._taken: dict[int, Tensor] = {}  # by address: to be sent
         self.rank = upward.rank()
         self.size = upward.size()
 
@@ -68,24 +75,23 @@ class GlooTransport:
         up, down = (_gloo_group(f"{name}/{use}/{way}", store, group.rank(), group.size()) for way in ("up", "down"))
         return cls(up, down, store.timeout.total_seconds())
 
-    def exchange(self, receives: Sequence[Message], sends: Iterable[Message]) -> tuple[list[Pending], list[Pending]]:
-        receiving: list[Pending] = [
-            _GlooPending(
-                self._group(m.peer, self.rank).recv([m.data], m.peer, 0),
-                f"rank {self.rank}: nothing came from rank {m.peer}",
-                self._timeout,
-            )
-            for m in receives
-        ]
-        sending: list[Pending] = [
-            _GlooPending(
-                self._group(self.rank, m.peer).send([m.data], m.peer, 0),
-                f"rank {self.rank}: rank {m.peer} took nothing",
-                self._timeout,
-            )
-            for m in sends
-        ]
-        return receiving, sending
+    def take(self, num_bytes: int) -> Tensor:
+        buffer = self.pool.take(num_bytes)
+        self._taken[buffer.data_ptr()] = buffer
+        return buffer
+
+    def exchange(self, receives: Sequence[Expected], sends: Iterable[Message]) -> tuple[list[Receiving], list[Sending]]:
+        return [self._receive(e) for e in receives], [self._send(m) for m in sends]
+
+    def _receive(self, e: Expected) -> Receiving:
+        buffer = self.pool.take(e.num_bytes)
+        work = self._group(e.peer, self.rank).recv([buffer], e.peer, 0)
+        return _Receive(self.pool, buffer, work, f"rank {self.rank}: nothing came from rank {e.peer}", self.timeout)
+
+    def _send(self, m: Message) -> Sending:
+        buffer = self._taken.pop(m.data.data_ptr(), None)
+        work = self._group(self.rank, m.peer).send([m.data], m.peer, 0)
+        return _Send(self.pool, buffer, work, f"rank {self.rank}: rank {m.peer} took nothing", self.timeout)
 
     def _group(self, src: int, dst: int) -> ProcessGroup:
         return self._upward if src < dst else self._downward
@@ -100,16 +106,38 @@ def _gloo_group(name: str, store: Any, rank: int, size: int) -> ProcessGroup:
     return group
 
 
-class _GlooPending:
-    def __init__(self, work: dist.Work, failure: str, timeout: timedelta) -> None:
+class _Receive:
+    def __init__(self, pool: BufferPool, buffer: Tensor, work: dist.Work, failure: str, timeout: float) -> None:
+        self._pool, self._buffer, self._timeout, self._failure = pool, buffer, timeout, failure
         self._work: dist.Work | None = work
-        self._failure, self._timeout = failure, timeout
+
+    def wait(self) -> Tensor:
+        work, self._work = self._work, None
+        if work is not None:
+            _wait(work, self._failure, self._timeout)
+        return self._buffer
+
+    def release(self) -> None:
+        assert self._work is None, "released before it was waited for"
+        self._pool.give(self._buffer)
+
+
+class _Send:
+    def __init__(self, pool: BufferPool, buffer: Tensor | None, work: dist.Work, failure: str, timeout: float) -> None:
+        """buffer: the pool's, if that is what is sent."""
+        self._pool, self._buffer, self._timeout, self._failure = pool, buffer, timeout, failure
+        self._work: dist.Work | None = work
 
     def wait(self) -> None:
         work, self._work = self._work, None
-        if work is None:
-            return
-        try:
-            work.wait(self._timeout)
-        except RuntimeError as error:
-            raise RuntimeError(f"{self._failure} (time limit {self._timeout.total_seconds():g} s): {error}") from error
+        if work is not None:
+            _wait(work, self._failure, self._timeout)
+            if self._buffer is not None:
+                self._pool.give(self._buffer)
+
+
+def _wait(work: dist.Work, failure: str, timeout: float) -> None:
+    try:
+        work.wait(timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise RuntimeError(f"{failure} (time limit {timeout:g} s): {error}") from error

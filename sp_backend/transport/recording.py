@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from sp_backend.transport import Message, Pending, Transport
+from torch import Tensor
+
+from sp_backend.transport import Expected, Message, Receiving, Sending, Transport
 
 
 class RecordingTransport:
     def __init__(self, inner: Transport) -> None:
         self._inner = inner
+        self.name = inner.name
         self.rank = inner.rank
         self.size = inner.size
         self.bytes: Counter[tuple[int, int]] = Counter()  # (src, dst) -> bytes sent
 
-    def exchange(self, receives: Sequence[Message], sends: Iterable[Message]) -> tuple[list[Pending], list[Pending]]:
+    def take(self, num_bytes: int) -> Tensor:
+        return self._inner.take(num_bytes)
+
+    def exchange(self, receives: Sequence[Expected], sends: Iterable[Message]) -> tuple[list[Receiving], list[Sending]]:
         return self._inner.exchange(receives, self._counted(sends))
 
     def _counted(self, sends: Iterable[Message]) -> Iterator[Message]:

@@ -253,16 +253,6 @@ def test_every_pair_of_a_sequence_is_attended_by_some_rank() -> None:
         assert pairs == sum(s.cached * s.new + s.new * (s.new + 1) / 2 for s in RAGGED)
 
 
-def test_layers_reuse_their_buffers() -> None:
-    plan = plan_for("token_ring", num_ranks=4, num_heads=8, num_kv_heads=2)
-    batch = Batch(plan.layout, RAGGED)
-
-    def held(layers: int) -> list[int]:
-        return [e.pool.num_free_bytes for e in run_lockstep(plan, batch, layers=layers).executors]
-
-    assert held(8) == held(4) and min(held(1)) > 0
-
-
 def test_a_long_step_then_a_short_one_then_an_empty_one() -> None:
     plan = plan_for("ring_pass_kv", num_ranks=2, num_heads=4, num_kv_heads=2)
     network = LockstepNetwork(1)

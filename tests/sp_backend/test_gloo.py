@@ -1,4 +1,4 @@
-"""The same plans on real ranks: equal to lockstep bit for bit, and every byte on the wire predicted."""
+"""The same plans on real ranks, over each transport: equal to lockstep bit for bit, and every byte predicted."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from sp_backend.kernels import get_kernel
 from sp_backend.layout import Kind
 from sp_backend.native import choose_kernel
 from sp_backend.strategies import STRATEGIES, plan_for, variants
-from sp_backend.transport import Message
-from sp_backend.transport.gloo import GlooTransport, sp_groups
+from sp_backend.transport import Expected, Message, Transport
+from sp_backend.transport.gather import gather_bytes
+from sp_backend.transport.gloo import GlooTransport, ProcessGroup, sp_groups
 from sp_backend.transport.recording import RecordingTransport
+from sp_backend.transport.shared_memory import GRANULE, SharedMemoryTransport, shared_memory
 from tests.lockstep import Batch, Request, run_lockstep
 from tests.ranks import run_on_ranks
 
@@ -35,11 +37,20 @@ def cases(num_ranks: int) -> list[Case]:
     return every + [{"variant": n, "kind": k, "redundant_kv": red, **sizes} for n, k, red in others if k != "zigzag"]
 
 
-def run_cases(rank: int, size: int, num_ranks: int, plans: list[Case], dtype: torch.dtype, overlap: bool) -> list[Any]:
+def make(transport: str, up: ProcessGroup, down: ProcessGroup) -> Transport:
+    gloo = GlooTransport(up, down, timeout=20)
+    made = shared_memory(gloo, timeout=20) if transport == "shared_memory" else gloo
+    assert made is not None
+    return made
+
+
+def run_cases(
+    rank: int, size: int, transport: str, num_ranks: int, plans: list[Case], dtype: torch.dtype, overlap: bool
+) -> list[Any]:
     up, down = (dist.new_group(list(range(num_ranks))) for _ in range(2))
     if rank >= num_ranks:
         return []
-    wire = RecordingTransport(GlooTransport(up, down, timeout=20))
+    wire = RecordingTransport(make(transport, up, down))
     results = []
     for case in plans:
         plan = plan_for(**case)
@@ -56,13 +67,14 @@ def run_cases(rank: int, size: int, num_ranks: int, plans: list[Case], dtype: to
     return results
 
 
+@pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 @pytest.mark.parametrize(("dtype", "overlap"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_every_plan_gives_the_bits_of_lockstep_and_sends_the_predicted_bytes(
-    num_ranks: int, dtype: torch.dtype, overlap: bool
+    transport: str, num_ranks: int, dtype: torch.dtype, overlap: bool
 ) -> None:
     plans = cases(num_ranks)
-    by_rank = run_on_ranks(WORLD, run_cases, num_ranks, plans, dtype, overlap)[:num_ranks]
+    by_rank = run_on_ranks(WORLD, run_cases, transport, num_ranks, plans, dtype, overlap)[:num_ranks]
     for i, case in enumerate(plans):
         plan = plan_for(**case)
         batch = Batch(plan.layout, REQUESTS, dtype=dtype)
@@ -76,15 +88,38 @@ def test_every_plan_gives_the_bits_of_lockstep_and_sends_the_predicted_bytes(
         assert sent == Counter({link: 3 * n for link, n in predicted.items()}), case
 
 
+def held_after(rank: int, size: int, kind: str, layers: int) -> tuple[int, int]:
+    """Bytes that a transport keeps, and messages sent in a layer, which are small ones."""
+    transport = make(kind, *(dist.new_group(list(range(size))) for _ in range(2)))
+    plan = plan_for("token_ring", num_ranks=size, num_heads=8, num_kv_heads=2)
+    batch = Batch(plan.layout, REQUESTS)
+    executor = Executor(
+        plan, rank, get_kernel("torch_cpu"), transport, head_dim=batch.head_dim, dtype=torch.float32, overlap=False
+    )
+    schedule = executor.schedule(batch.geometry)
+    for _ in range(layers):
+        executor.run(schedule, batch.q_of(rank), batch.kv_of(rank))
+        gather_bytes(transport, b"")  # all of it has been read
+    if isinstance(transport, SharedMemoryTransport):
+        return transport.num_bytes, sum(len(r.sends) for r in schedule.rounds)
+    assert isinstance(transport, GlooTransport)
+    return transport.pool.num_free_bytes, 0
+
+
+def test_layers_reuse_their_buffers() -> None:
+    assert run_on_ranks(WORLD, held_after, "gloo", 8) == run_on_ranks(WORLD, held_after, "gloo", 3)
+    for num_bytes, messages in run_on_ranks(WORLD, held_after, "shared_memory", 40):
+        assert 0 < num_bytes <= (messages + 4 * WORLD) * GRANULE
+
+
 def exchange_in_groups(rank: int, size: int, sp_size: int) -> list[int]:
     transport = GlooTransport.create(size, sp_size, rank, timeout=20)
     peers = [p for p in range(sp_size) if p != transport.rank]
-    buffers = {p: torch.zeros(4, dtype=torch.uint8) for p in peers}
     mine = torch.full((4,), rank, dtype=torch.uint8)
-    receiving, sending = transport.exchange([Message(p, buffers[p]) for p in peers], (Message(p, mine) for p in peers))
+    receiving, sending = transport.exchange([Expected(p, 4) for p in peers], (Message(p, mine) for p in peers))
     for pending in [*receiving, *sending, *receiving]:  # a second wait does nothing
         pending.wait()
-    return [int(buffers[p][3]) for p in peers]
+    return [int(arriving.wait()[3]) for arriving in receiving]
 
 
 def test_sp_groups_of_a_larger_world_do_not_mix() -> None:
@@ -98,7 +133,7 @@ def wait_for_nothing(rank: int, size: int) -> str:
     transport = GlooTransport.create(size, size, rank, timeout=0.5)
     if rank > 0:
         return ""
-    receiving, _ = transport.exchange([Message(1, torch.zeros(1, dtype=torch.uint8))], ())
+    receiving, _ = transport.exchange([Expected(1, 1)], ())
     with pytest.raises(RuntimeError) as failure:
         receiving[0].wait()
     return str(failure.value)
