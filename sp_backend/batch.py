@@ -143,7 +143,8 @@ class BatchBuilder:
         history = [table.slots(0, sequence.start) for table, sequence in zip(tables, group.sequences, strict=True)]
         own_slots = [
             np.concatenate(
-                [
+                [NO_INTS]
+                + [
                     table.slots(at, at + rows[chunk])
                     for table, sequence, rows in zip(tables, group.sequences, new, strict=True)
                     for at in [sequence.start + sum(rows[:chunk])]

@@ -33,6 +33,7 @@ from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
 from sp_backend.transport import Transport
 from sp_backend.transport.gather import gather_bytes
 from sp_backend.transport.gloo import GlooTransport, ProcessGroup, process_group
+from sp_backend.transport.shared_memory import shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ class Engine:
     """One group: this rank's connections, and what earlier calls have made."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        self.transport: Transport = GlooTransport.over(group)
+        gloo = GlooTransport.over(group)
+        self.transport: Transport = shared_memory(gloo, gloo.timeout) or gloo
         self.kernel, why = choose_kernel()
         logger.info("attention kernel: %s (%s)", self.kernel, why)
         self._pool = BufferPool()

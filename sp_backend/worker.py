@@ -54,6 +54,7 @@ from sp_backend.topology import Machine, load_machine
 from sp_backend.transport import Transport
 from sp_backend.transport.collectives import GroupCollectives
 from sp_backend.transport.gloo import GlooTransport
+from sp_backend.transport.shared_memory import shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,10 @@ class Links:
 
 def connect(config: BackendConfig, rank: int) -> Links:
     """Every rank of the world must call this: process groups are made by all ranks, for all groups, in one order."""
-    transport = GlooTransport.create(config.world_size, config.sp_size, rank, config.dist_timeout)
+    gloo = GlooTransport.create(config.world_size, config.sp_size, rank, config.dist_timeout)
+    transport: Transport = shared_memory(gloo, config.dist_timeout) or gloo
+    if rank == 0 and config.sp_size > 1:
+        logger.info("SP ranks reach each other through %s", transport.name)
     shards = [Shard.of_rank(r, config.tp_size, config.sp_size, config.layout) for r in range(config.world_size)]
     collectives: Collectives = NoCollectives()
     for ranks in sorted({tuple(shard.group_ranks()) for shard in shards}):
