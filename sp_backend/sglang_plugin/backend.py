@@ -14,12 +14,13 @@ from torch import Tensor
 
 from sp_backend.cost import ModelShape
 from sp_backend.kernels import Attention, HeadMap, Work, get_kernel
-from sp_backend.layout import Block
+from sp_backend.layout import KV, Block
 from sp_backend.native import choose_kernel
 from sp_backend.sglang_plugin import BACKENDS
 from sp_backend.sglang_plugin.plans import GroupPlans, Prepared
 from sp_backend.sglang_plugin.rows import CPRows, WholeRows
 from sp_backend.sglang_plugin.support import attention_layers
+from sp_backend.state import AttentionState
 from sp_backend.transport.gloo import GlooTransport
 
 logger = logging.getLogger(__name__)
@@ -89,26 +90,31 @@ class SPAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang has 
 
     def _attend_sharded(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, rows: CPRows, prepared: Prepared) -> Tensor:
         q = q.view(-1, self._shape.num_heads, self._shape.head_dim)
-        kv = torch.stack((k[: rows.num_rows], v[: rows.num_rows]), 1)
-        executor = prepared.executor
-        layout, held = executor.plan.layout, {}
+        states = self._run(q, k, v, layer, rows, prepared)  # a call of its own: its keys are freed before out is made
+        out = torch.zeros_like(q)  # of padding too
         for chunk, part in rows.q_rows.items():
-            held[chunk] = kv[part]
-            self._store(layer, rows.slots(Block("KV", chunk, layout.all_heads)), kv[part])
+            out[part] = states.pop(chunk).out
+        self._layers_run += 1
+        if layer.layer_id == self._last_layer:
+            self._report(rows, prepared)
+        return out.flatten(1)
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, rows: CPRows, prepared: Prepared
+    ) -> dict[int, AttentionState]:
+        """The states of this rank's query chunks. All new keys are in the pool then."""
+        executor, layout = prepared.executor, prepared.executor.plan.layout
+        kv = torch.stack((k[: rows.num_rows], v[: rows.num_rows]), 1)
+        held = {chunk: kv[part] for chunk, part in rows.q_rows.items()}
+        for chunk, own in held.items():
+            self._store(layer, rows.slots(Block(KV, chunk, layout.all_heads)), own)
         held[layout.history_of(executor.rank)] = self._gather(layer, rows.history)
-        states = executor.run(
+        return executor.run(
             prepared.schedule,
             {chunk: q[part] for chunk, part in rows.q_rows.items()},
             held,
             keep=lambda block, came: self._store(layer, rows.slots(block), came),
         )
-        out = torch.zeros_like(q)  # of padding too
-        for chunk, part in rows.q_rows.items():
-            out[part] = states[chunk].out
-        self._layers_run += 1
-        if layer.layer_id == self._last_layer:
-            self._report(rows, prepared)
-        return out.flatten(1)
 
     def _attend_whole(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: Any, batch: Any, save_kv_cache: bool

@@ -24,7 +24,7 @@ def test_prefill_and_decoding_equal_torch_native_on_every_rank(
 ) -> None:
     prompts = BATCHES[batch]
     kept = 0.0
-    for rank, (differences, reports) in enumerate(run_on_ranks(size, compare, name, prompts, page_size)):
+    for rank, (differences, reports) in enumerate(run_on_ranks(size, compare, name, prompts, page_size, timeout=280)):
         assert max(differences.values()) <= 1e-5
         if batch == "short":
             assert not reports
