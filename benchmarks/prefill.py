@@ -1,7 +1,8 @@
 """`python -m benchmarks.prefill`: time to first token against prompt length, over HTTP.
 
 The servers to be compared are up at the same time and are asked in turn, so that a busy moment of the machine hits
-all of them. Each request is a prompt of its own, on an idle server.
+all of them. Each request is a prompt of its own, on an idle server. `--compare peers` adds
+`transformers` on the same weights, as a library without HTTP, from the environment of `make bench-peers`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -24,15 +25,22 @@ import httpx
 import matplotlib
 from tqdm import tqdm
 
+from benchmarks import prefill_peers as peers
 from benchmarks.launched import LaunchedServer
 from server import loadtest
 from server.arguments import STRATEGIES
+from sp_backend.models.config import ModelConfig
 
 ONE_THREAD = ("--threads-per-rank", "1")
 SETUPS: dict[str, dict[str, tuple[str, ...]]] = {  # --compare: label -> flags; ratios are to the first
     "sp": {
         "sp 1, 1 thread": ("--sp-size", "1", *ONE_THREAD),
         "sp 2, 1 thread each": ("--sp-size", "2", *ONE_THREAD),
+        "sp 1, 2 threads": ("--sp-size", "1", "--threads-per-rank", "2"),
+    },
+    "peers": {
+        "sp 2, 1 thread each": ("--sp-size", "2", *ONE_THREAD),
+        "tp 2, 1 thread each": ("--tp-size", "2", *ONE_THREAD),
         "sp 1, 2 threads": ("--sp-size", "1", "--threads-per-rank", "2"),
     },
     "threshold": {
@@ -51,45 +59,77 @@ SETUPS: dict[str, dict[str, tuple[str, ...]]] = {  # --compare: label -> flags; 
     },
 }
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+QUICK_LENGTHS = (512, 2048)
 Times = dict[int, dict[str, list[float]]]  # prompt tokens -> label -> seconds
+Rates = dict[int, list[float]]  # prompt tokens -> FLOP/s of a core's bf16 matrix product, ahead of each round
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill", description=__doc__.splitlines()[0])
-    parser.add_argument("--compare", choices=tuple(SETUPS), default="sp")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds over the lengths (default: 3)")
-    parser.add_argument("--long", type=int, default=32768, help="lengths above this are run once (default: 32768)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE")
-    parser.add_argument("server_args", nargs="*", help="after --: further flags of every server")
+    parser = arguments()
     args = parser.parse_args(argv)
+    args.lengths = args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS)
+    repeats = 1 if args.quick else args.repeats
+    if args.compare == "peers" and (reason := peers.missing()):
+        parser.error(reason)
     with contextlib.ExitStack() as stack:
+        flags, model = args.server_args, None
+        libraries: dict[str, LaunchedServer | peers.Peer] = {}
+        if args.compare == "peers":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            model = peers.write_model(folder)
+            flags = ["--model-path", str(folder), *flags]
+            libraries = {f"{name}, 2 threads": stack.enter_context(peers.Peer(name, folder)) for name in peers.NAMES}
         servers = {
-            label: stack.enter_context(LaunchedServer(*flags, *args.server_args))
-            for label, flags in SETUPS[args.compare].items()
+            label: stack.enter_context(LaunchedServer(*setup, *flags)) for label, setup in SETUPS[args.compare].items()
         }
-        times = measure(servers, args.lengths, args.repeats, args.long)
+        rates: Rates = {n: [] for n in args.lengths}
+        before = (lambda n: rates[n].append(peers.matrix_rate())) if model else (lambda n: None)
+        times = measure({**servers, **libraries}, args.lengths, repeats, args.long, before)
         ranks = {label: sharding(server) for label, server in servers.items()}
     report(times, ranks)
+    if model is not None:
+        report_efficiency(times, rates, model)
     if args.json:
-        args.json.write_text(json.dumps(as_json(args, times, ranks), indent=2) + "\n")
+        args.json.write_text(json.dumps(as_json(args, times, ranks, rates), indent=2) + "\n")
     if args.plot:
         plot(args.plot, times)
     return 0
 
 
-def measure(servers: dict[str, LaunchedServer], lengths: Sequence[int], repeats: int, long: int) -> Times:
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill", description=__doc__.splitlines()[0])
+    parser.add_argument("--compare", choices=tuple(SETUPS), default="sp")
+    parser.add_argument("--quick", action="store_true", help="two short lengths, once")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds over the lengths (default: 3)")
+    parser.add_argument("--long", type=int, default=32768, help="lengths above this are run once (default: 32768)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("server_args", nargs="*", help="after --: further flags of every server")
+    return parser
+
+
+def measure(
+    servers: Mapping[str, LaunchedServer | peers.Peer],
+    lengths: Sequence[int],
+    repeats: int,
+    long: int,
+    before: Callable[[int], None] = lambda length: None,
+) -> Times:
+    """before: called with the length ahead of each round's prompts."""
     rounds = [(i, n) for i in range(repeats) for n in lengths if i == 0 or n <= long]
     times: Times = {n: {label: [] for label in servers} for n in lengths}
     for i, length in tqdm(rounds, desc="Prompts", unit="length"):
+        before(length)
         for label, server in servers.items():
             times[length][label].append(time_to_first_token(server, length, seed=length + i))
     return times
 
 
-def time_to_first_token(server: LaunchedServer, prompt_tokens: int, seed: int) -> float:
-    """Seconds, by the load test, of one request on an idle server."""
+def time_to_first_token(server: LaunchedServer | peers.Peer, prompt_tokens: int, seed: int) -> float:
+    """Seconds of one request on an idle server, by the load test; of a library, by its own clock."""
+    if isinstance(server, peers.Peer):
+        return server.time_to_first_token(prompt_tokens, seed)
     with tempfile.TemporaryDirectory() as folder, silence():
         file = Path(folder) / "out.json"
         flags = {"base-url": server.url, "prompt-tokens": prompt_tokens, "seed": seed, "json": file}
@@ -122,7 +162,7 @@ def sharding(server: LaunchedServer) -> list[dict[str, float]]:
 
 
 def report(times: Times, ranks: dict[str, list[dict[str, float]]]) -> None:
-    labels = list(ranks)
+    labels = list(next(iter(times.values())))
     print(f"{'tokens':>8}" + "".join(f"{label:>30}" for label in labels))
     for length, row in times.items():
         first = statistics.median(row[labels[0]])
@@ -134,17 +174,33 @@ def report(times: Times, ranks: dict[str, list[dict[str, float]]]) -> None:
         shares("pages", [rank["sp:rank_pages_used"] + rank["sp:rank_pages_cached"] for rank in counted])
 
 
+def report_efficiency(times: Times, rates: Rates, model: ModelConfig) -> None:
+    """Of the first setup: model FLOPs by the time and the matrix rate of two cores."""
+    label = next(iter(next(iter(times.values()))))
+    for length, row in times.items():
+        rate, seconds = statistics.median(rates[length]), statistics.median(row[label])
+        share = peers.model_flops(model, length) / seconds / (2 * rate)
+        print(f"{label}, {length} tokens: {share:.1%} of two cores' matrix rate ({rate / 1e9:.0f} GFLOP/s each)")
+
+
 def shares(name: str, values: list[float]) -> None:
     print(f"  {name} by rank: " + ", ".join(f"{value / (sum(values) or 1):.1%}" for value in values))
 
 
-def as_json(args: argparse.Namespace, times: Times, ranks: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+def as_json(
+    args: argparse.Namespace,
+    times: Times,
+    ranks: dict[str, list[dict[str, float]]],
+    rates: Rates,
+) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "command": " ".join(sys.orig_argv),
         "python": platform.python_version(),
         "torch": version("torch"),
+        "peers": peers.versions() if args.compare == "peers" else {},
         "server_args": args.server_args,
+        "matrix_flops_per_core": rates,
         "ttft_seconds": times,
         "ranks": ranks,
     }
