@@ -4,9 +4,10 @@ VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip
 SERVE_ARGS ?= --sp-size 2
 SGLANG_VENV := .venv-sglang
+PEERS_VENV  := .venv-peers
 SGLANG_PYTEST := PYTHONPATH=tests/sglang/shims $(SGLANG_VENV)/bin/python -m pytest tests/sglang
 
-.PHONY: serve test test-sglang test-sglang-all check clean
+.PHONY: serve test test-sglang test-sglang-all bench-peers check clean
 serve: $(VENV)/.serve
 	$(VENV)/bin/python -m server.launch $(SERVE_ARGS)
 
@@ -31,6 +32,13 @@ $(VENV)/.dev: $(VENV)/.serve
 	$(PIP) install -c constraints.txt -e ".[dev]"
 	touch $@
 
+bench-peers: $(PEERS_VENV)/.ready  # what benchmarks compare with, in an environment of its own
+
+$(PEERS_VENV)/.ready: benchmarks/peers.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install -c constraints.txt -r benchmarks/peers.txt
+	touch $@
+
 $(SGLANG_VENV)/.ready: pyproject.toml tests/sglang/requirements.txt tests/sglang/cpu_platform/pyproject.toml
 	$(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/python -m pip install torch==2.13.0
@@ -39,4 +47,4 @@ $(SGLANG_VENV)/.ready: pyproject.toml tests/sglang/requirements.txt tests/sglang
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(PEERS_VENV) build *.egg-info
