@@ -121,13 +121,12 @@ def test_a_broken_merge_changes_tokens(models: dict[str, Path]) -> None:
 
 
 @pytest.mark.matrix
-def test_llama_is_refused_because_its_tokens_would_be_wrong(models: dict[str, Path]) -> None:
-    """Unchecked, it starts and answers without an error, with our backend and with SGLang's own all-gather alike."""
+def test_llama_is_refused_because_sglang_shards_it_wrongly(models: dict[str, Path]) -> None:
+    """SGLang's own all-gather does not get through the warm-up request: keys do not fit into its cache."""
     with pytest.raises(RuntimeError, match="LlamaForCausalLM divides attention heads by --tp-size"):
-        SGLangServer(models["llama"], "sp_ring_pass_kv", *SERVING).__enter__()
-    for backend in ("sp_ring_pass_kv", "all_gather_for_tests"):
-        with SGLangServer(models["llama"], backend, *SERVING, env={"SGLANG_CPU_FAULT": "unchecked"}) as server:
-            assert answers(server, prompt(100)) != [expected(models["llama"], prompt(100))]
+        SGLangServer(models["llama"], "sp_ring_pass_kv", *SERVING, startup_seconds=800).__enter__()
+    with pytest.raises(RuntimeError, match="shape mismatch: value tensor of shape"):
+        SGLangServer(models["llama"], "all_gather_for_tests", *SERVING, startup_seconds=800).__enter__()
 
 
 @pytest.mark.matrix

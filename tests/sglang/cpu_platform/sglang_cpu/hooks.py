@@ -25,11 +25,8 @@ def register() -> None:
     HookRegistry.register(f"{GROUP}.reduce_scatter_tensor", _reduce_scatter_tensor, HookType.REPLACE)
     add_attention_backend_choices([ALL_GATHER])
     register_attention_backend(ALL_GATHER)(_all_gather)
-    fault = os.environ.get("SGLANG_CPU_FAULT")
-    if fault == "merge":
+    if os.environ.get("SGLANG_CPU_FAULT") == "merge":
         _break_merging()
-    if fault == "unchecked":
-        HookRegistry.register("sp_backend.sglang_plugin.support.check", _pass, HookType.REPLACE)
 
 
 def _all_gather(runner: Any) -> Any:
@@ -48,10 +45,6 @@ def _all_gather_into_tensor(self: Any, output: torch.Tensor, input: torch.Tensor
 
 def _reduce_scatter_tensor(self: Any, output: torch.Tensor, input: torch.Tensor) -> None:
     self._reduce_scatter_tensor(output, input)
-
-
-def _pass(name: str, runner: Any) -> None:
-    """Every model is let through."""
 
 
 def _break_merging() -> None:
