@@ -28,7 +28,7 @@ from server.lifecycle import run
 from server.service import Service
 from server.tokenizer import Tokenizer
 from sp_backend.catalog import ITEMSIZE, planner_for
-from sp_backend.planner import Planner
+from sp_backend.planner import OFF, Planner
 
 log = logging.getLogger("server.launch")
 SWITCH_SECONDS = 0.0005  # how long the controller's thread waits for the interpreter while the HTTP thread works
@@ -90,13 +90,10 @@ def run_workers(config: ServerConfig) -> Iterator[Client]:
 
 
 def _log_plans(planner: Planner) -> None:
-    pays = next((n for n in (2**k for k in range(4, 20)) if planner.degree_for(n, 0) > 1), None)
-    log.info(
-        "Plans on the machine %r: %s; sharing a prompt pays from about %s tokens",
-        planner.machine.name,
-        ", ".join(map(str, planner.winners)),
-        pays or "no number of",
-    )
+    log.info("Plans on the machine %r: %s", planner.machine.name, ", ".join(map(str, planner.winners)))
+    if OFF in planner.winners:
+        pays = next((n for n in (2**k for k in range(4, 20)) if planner.degree_for(n, 0) > 1), None)
+        log.info("Sharing a prompt pays from about %s tokens", pays or "no number of")
 
 
 def _load_text(config: ServerConfig) -> tuple[Tokenizer, ChatTemplate]:

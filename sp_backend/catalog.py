@@ -13,7 +13,7 @@ from sp_backend.layout import Kind
 from sp_backend.models.config import ModelConfig
 from sp_backend.plan import Plan
 from sp_backend.planner import OFF, Planner
-from sp_backend.strategies import Variant, plan_for
+from sp_backend.strategies import plan_for
 from sp_backend.topology import Machine
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -28,24 +28,28 @@ def shape_of(config: BackendConfig, model: ModelConfig) -> ModelShape:
         num_layers=model.num_layers,
         itemsize=ITEMSIZE[config.dtype],
         dense_flops=2 * model.num_layers * model.layer_parameters / config.tp_size,
+        kv_flops=4 * model.num_layers * model.hidden_size * model.num_kv_heads * model.head_dim / config.tp_size,
     )
 
 
 def planner_for(config: BackendConfig, model: ModelConfig, machine: Machine | None) -> Planner | None:
-    """None where there is nothing to choose: one rank, layout heads, or no machine to predict for.
+    """None where there is nothing to predict: one rank, or no machine to predict for.
 
     Raises ValueError if the machine has too few ranks.
     """
-    if machine is None or config.sp_size == 1 or config.layout == "heads":
+    if machine is None or config.sp_size == 1:
         return None
+    heads = config.layout == "heads"
     return Planner(
         machine,
         shape_of(config, model),
         config.sp_size,
-        kind="zigzag",
+        layout="heads" if heads else "tokens",
+        kind="heads" if heads else "zigzag",
         causal=config.causal,
+        redundant_kv=config.redundant_kv,
         page_size=config.page_size,
-        candidates=None if config.strategy == AUTO else [Variant(config.strategy, config.options)],
+        candidates=None if config.strategy == AUTO and not heads else [config.variant],
     )
 
 

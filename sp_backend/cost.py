@@ -39,6 +39,14 @@ class ModelShape:
     num_layers: int = 1
     itemsize: int = 2  # bytes of an element of Q, K and V
     dense_flops: float = 0.0  # for a token, all layers, on one rank: everything but attention; 2 x its parameters
+    kv_flops: float = 0.0  # of those: projections to keys and values, which redundant KV repeats on every rank
+
+    def dense_share(self, layout: Layout) -> float:
+        """Which part of the dense work on the tokens whose queries it holds is a rank's."""
+        if layout.kind != "heads":
+            return 1.0
+        repeated = self.kv_flops / self.dense_flops if layout.redundant_kv and self.dense_flops else 0.0
+        return (1 - repeated) / layout.num_ranks + repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,10 +403,9 @@ class _Work:
         return np.add.reduceat(attended, starts), np.add.reduceat(attended + merged, starts)
 
     def tokens(self) -> Floats:
-        """New tokens of each rank [ranks, batches]; layout heads: its share of the work on all of them."""
+        """New tokens whose dense work is that of each rank [ranks, batches]."""
         layout = self._layout
-        tokens = self._rows[self._whole[layout.all_q()]].sum(1)
-        return np.asarray(tokens / layout.num_ranks if layout.kind == "heads" else tokens)
+        return np.asarray(self._rows[self._whole[layout.all_q()]].sum(1) * self._shape.dense_share(layout))
 
     def _merge_seconds(self, kind: Index, heads: Index) -> Floats:
         rows, rates = self._rows[kind], self._rates

@@ -78,9 +78,20 @@ def machine_of(
 
 
 def _key(hosts: Sequence[str], transport: str, kernel: str, shape: ModelShape, dtype: torch.dtype) -> str:
-    versions = FORMAT, version("torch"), platform.machine(), torch.get_num_threads()
+    """Differs wherever times may: hosts, threads, dtype, sizes, and any change of what is timed."""
+    versions = FORMAT, version("torch"), platform.machine(), torch.get_num_threads(), _sources()
     sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, str(dtype)
-    return hashlib.sha256(json.dumps([hosts, transport, kernel, versions, sizes]).encode()).hexdigest()[:16]
+    about = [hosts, transport, kernel, versions, sizes]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def _sources() -> str:
+    """Digest of the code that is timed: kernels, transports, the executor."""
+    folder = Path(__file__).parent
+    files = [folder / name for name in ("buffers.py", "execute.py", "measure.py", "schedule.py", "state.py")]
+    files += [f for part in ("kernels", "native", "transport") for f in (folder / part).rglob("*")]
+    timed = sorted(f for f in files if f.suffix in (".py", ".cpp", ".h"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in timed)).hexdigest()
 
 
 def _save(path: Path, machine: Machine) -> None:

@@ -306,8 +306,7 @@ class _Engine:
     def _dense_seconds(self, rank: int) -> float:
         layout, shape, rates = self._plan.layout, self._shape, self._machine.rates
         tokens = float(sum(row[c] for row in self._geometry.rows for c in layout.q_of(rank)))
-        if layout.kind == "heads":  # all tokens are on all ranks, each with its share of the weights
-            tokens /= layout.num_ranks
+        tokens *= shape.dense_share(layout)
         weights = shape.dense_flops / 2 * shape.itemsize / rates.memory_bytes
         return max(tokens * shape.dense_flops / rates.dense_flops, weights) / shape.num_layers
 

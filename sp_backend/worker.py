@@ -289,8 +289,8 @@ def _build(start: WorkerStart, socket: zmq.Socket[bytes]) -> Worker:
 
 
 def _machine(config: BackendConfig, links: Links) -> Machine | None:
-    """What plans are chosen for, equal on all ranks of the world; None where there is no choice."""
-    if config.sp_size == 1 or config.layout == "heads":
+    """What times are predicted for, equal on all ranks of the world; None where nothing is spread."""
+    if config.sp_size == 1:
         return None
     if config.topology is not None:
         return load_machine(config.topology, config.sp_size)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sp_backend import measure
 from sp_backend.cost import ModelShape
 from sp_backend.measure import cache_folder, machine_of
 from sp_backend.planner import Planner
@@ -58,6 +59,22 @@ def test_other_sizes_have_a_file_of_their_own(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         machine_of(alone, "torch_cpu", SHAPE, dtype, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_kernel_number_of_threads_or_version_of_what_is_timed_is_measured_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = LockstepNetwork(1).rank(0)
+
+    def measured(kernel: str) -> int:
+        machine_of(alone, kernel, SHAPE, torch.float32, folder=tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert [measured("torch_cpu"), measured("torch_cpu"), measured("reference")] == [1, 1, 2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert measured("torch_cpu") == 3
+    monkeypatch.setattr(measure, "_sources", lambda: "an edited kernel")
+    assert measured("torch_cpu") == 4
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

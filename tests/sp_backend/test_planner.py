@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from functools import cache
 from random import Random
 
@@ -141,6 +142,17 @@ def test_a_forced_strategy_leaves_it_and_off() -> None:
 def test_layout_heads_has_no_off() -> None:
     heads = Planner(load_machine("nvlink4-4"), LLAMA_70B, 4, layout="heads")
     assert heads.winners == [Variant("sharded_q")] and heads.choose([(16, 0)]).off_seconds is None
+
+
+def test_redundant_kv_costs_its_projections_on_every_rank() -> None:
+    shape = replace(LLAMA_70B, kv_flops=LLAMA_70B.dense_flops / 10)
+    exchanged, redundant = (
+        Planner(load_machine("nvlink4-4"), shape, 4, layout="heads", redundant_kv=redundant).choose([(8192, 0)])
+        for redundant in (False, True)
+    )
+    dense = 8192 * shape.dense_flops / load_machine("nvlink4-4").rates.dense_flops
+    assert redundant.seconds - exchanged.seconds == pytest.approx(dense / 10 * 3 / 4, rel=0.3)
+    assert redundant.reason.startswith("sharded_q: ") and redundant.off_seconds is None
 
 
 def test_one_rank_is_off() -> None:
