@@ -165,7 +165,7 @@ class Controller:
             if not self._in_flight:
                 return False
             results = self._results_before_next_is_planned()
-            if results is None:
+            if results is None and not self._closing:
                 self._send_next()
                 results = self._await_results()
             if results is not None:

@@ -130,6 +130,8 @@ class PrefillLanes:
 
     def select(self, running: list[Sequence]) -> Draft:
         """The next prefill step, with pages taken; empty if nobody can go on. running: the streams."""
+        if not (self.short or self.long):
+            return Draft(self._placement)
         most = self._config.chunked_prefill_size if self._config.chunked_prefill_size > 0 else sys.maxsize
         seconds = math.inf if all(s.is_complete for s in running) else self._config.max_prefill_seconds
         reserved = sum(map(self._growth, running))
