@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sp_backend.models.config import ModelConfig
 from sp_backend.models.decoder import Decoder
+from sp_backend.models.linear import can_pack
 from sp_backend.models.weights import fill_dummy, load_weights, tensor_specs
 from sp_backend.parallel import NoCollectives, Shard
 from tests.checkpoints import FAMILIES, make_checkpoint
@@ -215,3 +217,22 @@ def test_dummy_weights_need_only_a_config_and_give_usable_logits(originals, tmp_
 
 def test_group_collectives_join_uneven_parts_over_gloo(originals, tmp_path):
     mp.spawn(compare_split_with_whole, (str(tmp_path / "store"), originals["qwen2"]), nprocs=NUM_RANKS)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_held_once_but_for_a_tied_output_matrix(tied, tmp_path):
+    """Lookups need its plain rows, products its packed ones; what is reported counts both."""
+    folder = make_checkpoint(tmp_path, "llama2", tie_word_embeddings=tied)
+    config = ModelConfig.load(folder)
+    decoder = Decoder(config, Shard(), torch.float32, "cpu", NoCollectives())
+    copies = config.vocab_size * config.hidden_size * 4 if tied and can_pack(torch.empty(1)) else 0
+    assert decoder.weight_bytes == decoder.load(folder) + copies
+
+
+@pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this torch has no oneDNN")
+def test_loading_lets_the_plain_matrices_go(originals):
+    decoder = Decoder(ModelConfig.load(originals["llama2"]), Shard(), torch.float32, "cpu", NoCollectives())
+    matrices = [weakref.ref(view._base) for name, view in decoder._parameters.by_name.items() if "proj" in name]
+    assert matrices and all(matrix() is not None for matrix in matrices)
+    decoder.load(originals["llama2"])
+    assert all(matrix() is None for matrix in matrices)
