@@ -1,6 +1,6 @@
 """Attention of a sharded prompt inside SGLang: this plugin's backends against SGLang's own all-gather of keys.
 
-    .venv-sglang/bin/python -m benchmarks.sglang --lengths 8192 32768 --json out.json
+    PYTHONPATH=tests/sglang/shims .venv-sglang/bin/python -m benchmarks.sglang --json out.json
 
 Every rank is a process with SGLang's pools and its zigzag strategy (no server: a layer's attention, with the exchange
 of keys and their writing to the pool). Per rank: bytes sent; seconds, the slowest rank's best of some repeats; and peak
