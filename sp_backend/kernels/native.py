@@ -20,10 +20,10 @@ _DTYPES = torch.bfloat16, torch.float32
 
 
 def kernel(work: Work) -> Attention:
-    """Raises native.Unavailable where it cannot be compiled, ValueError for an odd head_dim."""
+    """Raises native.Unavailable where it cannot be compiled, ValueError for a head_dim that it cannot do."""
     native.load("attention")
-    if work.head_dim % 2:
-        raise ValueError(f"head_dim must be even, not {work.head_dim}")
+    if work.head_dim % 2 or work.head_dim > 1024:
+        raise ValueError(f"head_dim must be even and at most 1024, not {work.head_dim}")
     spans = torch.tensor(work.spans, dtype=torch.int64).view(-1, 4)
     rest = (
         spans,

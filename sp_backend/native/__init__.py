@@ -1,8 +1,9 @@
 """Operators in C++, compiled on the machine that runs them, once: for its CPU, against the installed torch.
 
-A source NAME.cpp beside this file registers operators in `torch.ops`. What is compiled is kept below the cache folder
-under a name made of everything that it depends on, and written whole, so processes that start together compile once
-and a changed source, torch, compiler or CPU never meets an old library. Pure until `load`: no torch.
+A source NAME.cpp beside this file, with the headers there, registers operators in `torch.ops`. What is compiled is kept
+below the cache folder under a name made of everything that it depends on, and written whole, so processes that start
+together compile once and a changed source, torch, compiler or CPU never meets an old library. Pure until `load`: no
+torch.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def library(source: str) -> Path:
     if compiler is None:
         raise Unavailable("there is no C++ compiler: install g++, or name one in CXX")
     code = Path(__file__).with_name(f"{source}.cpp")
-    parts = code.read_bytes(), version("torch"), _version(compiler), cpu, " ".join(FLAGS)
+    files = [code, *sorted(code.parent.glob("*.h"))]
+    parts = [file.read_bytes() for file in files], version("torch"), _version(compiler), cpu, " ".join(FLAGS)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     path = cache_folder() / "native" / f"{source}-{key}.so"
     try:

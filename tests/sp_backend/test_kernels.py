@@ -122,6 +122,52 @@ def test_head_dims(name: str, head_dim: int) -> None:
     assert out < 1e-5 and lse < 1e-5
 
 
+@pytest.mark.skipif(CHOSEN != "native", reason=WHY)
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 1500)), min_size=1, max_size=4),
+    heads=st.sampled_from(HEAD_MAPS),
+    head_dim=st.sampled_from([64, 80, 96, 128, 192, 256]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 900),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_native_ragged_batches(
+    lengths: list[tuple[int, int]],
+    heads: HeadMap,
+    head_dim: int,
+    causal: bool,
+    window: int | None,
+    dtype: torch.dtype,
+) -> None:
+    work, q, kv = make_work(lengths, heads=heads, head_dim=head_dim, causal=causal, window=window)
+    out, lse = compare("native", replace(work, scale=head_dim**-0.5), q / 2, kv, dtype)
+    assert out < (2e-2 if dtype == torch.bfloat16 else 1e-5) and lse < 1e-5
+
+
+@pytest.mark.skipif(CHOSEN != "native", reason=WHY)
+@pytest.mark.parametrize("lengths", [[(1, 5000)], [(1, 2500), (3, 2100)], [(300, 700), (1, 9)]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_native_on_several_threads(lengths: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    work, q, kv = make_work(lengths, heads=HeadMap(0, 8, 4), head_dim=64, causal=True)
+    torch.set_num_threads(3)
+    try:
+        out, lse = compare("native", replace(work, scale=0.125), q / 2, kv, dtype)
+    finally:
+        torch.set_num_threads(1)
+    assert out < (2e-2 if dtype == torch.bfloat16 else 1e-5) and lse < 1e-5
+
+
+@pytest.mark.skipif(CHOSEN != "native", reason=WHY)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_native_is_no_less_exact_than_torch(head_dim: int, causal: bool) -> None:
+    work, q, kv = make_work([(500, 500)], heads=HeadMap(0, 8, 4), head_dim=head_dim, causal=causal)
+    work = replace(work, scale=head_dim**-0.5)
+    ours, theirs = (compare(name, work, q / 2, kv, torch.bfloat16) for name in ("native", "torch_cpu"))
+    assert ours[0] <= 1.05 * theirs[0] and ours[1] < 1e-5
+
+
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [[(1, 3000)], [(3, 999), (16, 40)], [(300, 300)]], ids=str)
