@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Literal
 
 import numpy as np
@@ -180,15 +181,22 @@ class Planner:
         if degree is not None and degree not in table.columns:
             raise ValueError(f"degree is {degree}; this planner has {', '.join(map(str, table.columns))}")
         found = self._predict(batch, degree)
+        seconds = {d: math.exp(point.logs[column]) for d, (point, column) in found.items()}
         best = min(
             (d for d in found if degree in (None, d)),
-            key=lambda d: found[d].seconds * (1.0 if d == 1 else 1.0 + OFF_MARGIN),
+            key=lambda d: seconds[d] if d == 1 else seconds[d] * (1.0 + OFF_MARGIN),
         )
-        off = found[1].seconds if 1 in found else None
-        chosen, forced = found[best], degree is not None
-        size = self._degree(chosen.variant)
+        point, column = found[best]
         return Choice(
-            chosen.variant, size, chosen.seconds, off, chosen.exposed, chosen.second, forced, batch, self.shape
+            variant=table.variants[column],
+            degree=best,
+            seconds=seconds[best],
+            off_seconds=seconds.get(1),
+            exposed=table.exposed(point, column),
+            second=table.second(point, column, table.columns[best]),
+            forced=degree is not None,
+            batch=batch,
+            shape=self.shape,
         )
 
     def degree_for(self, new: int, cached: int) -> int:
@@ -221,21 +229,22 @@ class Planner:
     def _degree(self, variant: Variant) -> int:
         return 1 if variant == OFF else variant.degree or self.num_ranks
 
-    def _predict(self, batch: Batch, degree: int | None) -> dict[int, _Found]:
-        """The best variant of each degree, or of one and off."""
+    def _predict(self, batch: Batch, degree: int | None) -> dict[int, tuple[_Point, int]]:
+        """The best column of each degree, or of one and off, and where in the table it is."""
         table = self._table
         asked = {d: columns for d, columns in table.columns.items() if degree in (None, d) or d == 1}
         if len(batch) == 1:
             new, cached = batch[0]
             point = table.point([(new, cached, 1.0)])
-            return {d: table.best(point, columns) for d, columns in asked.items()}
+            return {d: (point, table.best(point, columns)) for d, columns in asked.items()}
         work = _work(batch, self._dense_pairs)
         found = {}
         for d, columns in asked.items():
             groups = [g for g in _assign(work, self.num_ranks // d) if g]
             if d == 1:  # nothing is shared, so only the most work counts
-                groups = [max(groups, key=lambda g: sum(work[i] for i in g))]
-            found[d] = table.best(table.point([_load([batch[i] for i in g]) for g in groups]), columns)
+                groups = [max(groups, key=lambda g: sum([work[i] for i in g]))]
+            point = table.point([_load([batch[i] for i in g]) for g in groups])
+            found[d] = point, table.best(point, columns)
         return found
 
     # The table
@@ -274,7 +283,7 @@ def _megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:.3g} MB"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Grid:
     """Axes of the table, each even in its coordinate: log2(new), log2(1 + cached / 256), log2(prompts)."""
 
@@ -310,19 +319,24 @@ class _Grid:
         geometry = lay_out(layout, [(new, cached)] * layout.num_groups, page_size)
         return [int(n) for n in np.sum(geometry.rows, axis=0)]  # as if one prompt: masks keep groups apart
 
-    def place(self, new: float, cached: float, prompts: float) -> tuple[float, float, float]:
-        """Coordinates, in cells."""
+    @cached_property
+    def _cells_a_unit(self) -> tuple[float, float, float]:
+        """Cells in a unit of each coordinate."""
+        new, cached, prompts = self.shape
         return (
-            _cells(math.log2(max(new, 1) / self.new[0]), math.log2(self.new[-1] / self.new[0]), len(self.new)),
-            _cells(
-                math.log2(1 + cached / _CACHED_UNIT), math.log2(1 + self.cached[-1] / _CACHED_UNIT), len(self.cached)
-            ),
-            _cells(math.log2(max(prompts, 1)), math.log2(self.prompts[-1]), len(self.prompts)),
+            (new - 1) / math.log2(self.new[-1] / self.new[0]),
+            (cached - 1) / math.log2(1 + self.cached[-1] / _CACHED_UNIT),
+            (prompts - 1) / math.log2(self.prompts[-1]),
         )
 
-
-def _cells(value: float, last: float, number: int) -> float:
-    return max(0.0, value * (number - 1) / last)
+    def place(self, new: float, cached: float, prompts: float) -> tuple[float, float, float]:
+        """Coordinates, in cells."""
+        x, y, z = self._cells_a_unit
+        return (
+            math.log2(max(new, 1) / self.new[0]) * x,
+            math.log2(1 + cached / _CACHED_UNIT) * y,
+            math.log2(max(prompts, 1)) * z,
+        )
 
 
 def _load(batch: Batch) -> tuple[float, float, float]:
@@ -353,14 +367,6 @@ def _cover(seconds: Floats, columns: NDArray[np.intp]) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    variant: Variant
-    seconds: float
-    exposed: float
-    second: tuple[Variant, float] | None  # the next best of the same degree
-
-
-@dataclass(frozen=True, slots=True)
 class _Point:
     """Interpolated at one point: logarithms of each variant's seconds, and how to get at what else is tabulated."""
 
@@ -383,8 +389,8 @@ class _Table:
         """Logarithms of seconds are interpolated; beyond the table they go on as in its last cell. Of several groups
         of ranks each variant's slowest counts.
         """
-        first, *others = (self._one(*load) for load in loads)
-        logs = [max(each) for each in zip(first.logs, *(o.logs for o in others), strict=True)] if others else first.logs
+        first, *others = [self._one(*load) for load in loads]
+        logs = list(map(max, first.logs, *[o.logs for o in others])) if others else first.logs
         return _Point(logs, first.weights, first.corner)
 
     def _one(self, new: float, cached: float, prompts: float) -> _Point:
@@ -397,15 +403,15 @@ class _Table:
         corner = slice(i, i + 2), slice(j, j + 2), slice(k, k + 2)
         return _Point(np.dot(weights, self._logs[corner].reshape(8, -1)).tolist(), weights, corner)
 
-    def best(self, point: _Point, columns: list[int]) -> _Found:
+    def best(self, point: _Point, columns: list[int]) -> int:
         """The fastest of some variants."""
-        logs = point.logs
-        best = min(columns, key=logs.__getitem__)
-        exposed = float(np.dot(point.weights, self._exposed[(*point.corner, best)].reshape(8)))
-        second = min((c for c in columns if c != best), key=logs.__getitem__, default=None)
-        return _Found(
-            self.variants[best],
-            math.exp(logs[best]),
-            max(0.0, exposed),
-            None if second is None else (self.variants[second], math.exp(logs[second])),
-        )
+        return min(columns, key=point.logs.__getitem__)
+
+    def exposed(self, point: _Point, column: int) -> float:
+        """Seconds of a step that a variant waits for communication."""
+        return max(0.0, float(np.dot(point.weights, self._exposed[(*point.corner, column)].reshape(8))))
+
+    def second(self, point: _Point, best: int, columns: list[int]) -> tuple[Variant, float] | None:
+        """The fastest of the others, and its seconds."""
+        column = min((c for c in columns if c != best), key=point.logs.__getitem__, default=None)
+        return None if column is None else (self.variants[column], math.exp(point.logs[column]))
