@@ -1,0 +1,220 @@
+"""What sharing attention over the ranks of one host costs: `python -m benchmarks.attention_ranks`.
+
+One layer's attention of one causal prompt as the server runs it: keys into the pages, the plan, the output in the
+model's dtype. One rank with one thread, then P ranks with one thread each, in turns. Efficiency is the seconds of the
+one over P times those of the slowest of the others. By CPU time, which other work on the machine hardly disturbs, it is
+the one's over the sum of the others', and says nothing of waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from sp_backend.batch import GroupRows, LocalBatch
+from sp_backend.execute import Executor
+from sp_backend.geometry import Geometry
+from sp_backend.kernels import get_kernel
+from sp_backend.kv_cache import KVCache, Rows
+from sp_backend.layer import StepAttention
+from sp_backend.native import choose_kernel
+from sp_backend.strategies import plan_for
+from sp_backend.transport import Transport
+from sp_backend.transport.gloo import GlooTransport
+from sp_backend.transport.lockstep import LockstepNetwork
+from sp_backend.transport.shared_memory import shared_memory
+
+DTYPE = torch.bfloat16
+PAGE_SIZE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    num_ranks: int
+    kernel: str
+    strategies: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    lengths: tuple[int, ...]
+    turns: int
+    overlap: bool
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Medians over the turns, in seconds: of the slowest rank, and of CPU time summed over ranks."""
+
+    strategy: str
+    transport: str
+    shape: Shape
+    tokens: int
+    one: float
+    all: float
+    one_cpu: float
+    all_cpu: float
+    efficiency: float
+    efficiency_by_cpu_time: float
+
+
+SHAPES = Shape(16, 2, 128), Shape(8, 8, 64)
+
+
+def measure(
+    num_ranks: int = 2,
+    kernel: str | None = None,
+    strategies: Sequence[str] = ("ring_pass_kv", "token_ring"),
+    shapes: Sequence[Shape] = SHAPES,
+    lengths: Sequence[int] = (8192, 32768),
+    turns: int = 5,
+    overlap: bool = True,
+) -> list[Result]:
+    """kernel: None, the one that the server would choose here. On gloo and, if this host can, shared memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = kernel or choose_kernel()[0]
+        job = Job(num_ranks, chosen, tuple(strategies), tuple(shapes), tuple(lengths), turns, overlap, folder)
+        spawn(_rank, (job,), nprocs=num_ranks)
+        found = json.loads((Path(folder) / "results").read_text())
+        return [Result(**each | {"shape": Shape(**each["shape"])}) for each in found]
+
+
+def layer_of(
+    strategy: str, transport: Transport, kernel: str, shape: Shape, tokens: int, overlap: bool = True
+) -> Callable[[], torch.Tensor]:
+    """This rank's attention of one layer, on random tensors. All ranks of the transport run it together."""
+    plan = plan_for(
+        strategy, num_ranks=transport.size, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, kind="zigzag"
+    )
+    layout, rank = plan.layout, transport.rank
+    counts = layout.cut_pages(tokens, PAGE_SIZE, 0)
+    own = layout.q_of(rank)
+    rows = dict(zip(own, pairwise(accumulate((counts[c] for c in own), initial=0)), strict=True))
+    slices = {c: slice(*each) for c, each in rows.items()}
+    num_rows = sum(counts[c] for c in own)
+    device = torch.device("cpu")
+    group = GroupRows(
+        plan="it",
+        geometry=Geometry([[*counts, *[0] * (layout.num_chunks - len(counts))]]),
+        q_rows=slices,
+        kv_rows=slices,
+        own_rows=slice(0, num_rows),
+        own_slots=Rows(np.arange(num_rows), device),
+        places={c: Rows(np.arange(*each), device) for c, each in rows.items()},
+    )
+    cache = KVCache(
+        num_layers=1,
+        num_pages=-(-num_rows // PAGE_SIZE),
+        page_size=PAGE_SIZE,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=DTYPE,
+        device=device,
+    )
+    executor = Executor(
+        plan, rank, get_kernel(kernel), transport, head_dim=shape.head_dim, dtype=DTYPE, overlap=overlap
+    )
+    none = torch.empty(0, dtype=torch.int64)
+    batch = LocalBatch(none, none, slice(0, num_rows), [group], [], [])
+    attention = StepAttention(batch, cache, {"it": executor}, [None])
+    q = torch.randn(num_rows, shape.num_heads, shape.head_dim).to(DTYPE)
+    kv = torch.randn(num_rows, 2, shape.num_kv_heads, shape.head_dim).to(DTYPE)
+    return lambda: attention.attend(0, q, kv)
+
+
+def _rank(rank: int, job: Job) -> None:
+    torch.set_num_threads(1)
+    wait = timedelta(minutes=10)
+    dist.init_process_group("gloo", f"file://{job.folder}/store", wait, job.num_ranks, rank)
+    gloo = GlooTransport.create(job.num_ranks, job.num_ranks, rank, wait.total_seconds())
+    shared = shared_memory(gloo, wait.total_seconds())
+    transports: list[Transport] = [gloo] if shared is None else [gloo, shared]
+    alone = LockstepNetwork(1).rank(0)
+    results: list[Result] = []
+    for shape in job.shapes:
+        for tokens in job.lengths:
+            runs = {("", "one"): layer_of(job.strategies[0], alone, job.kernel, shape, tokens)}
+            for strategy in job.strategies:
+                for transport in transports:
+                    layer = layer_of(strategy, transport, job.kernel, shape, tokens, job.overlap)
+                    runs[strategy, transport.name] = layer
+            times = _times(rank, runs, job.turns)
+            (one, one_cpu), *rest = times.values()
+            for (strategy, name), (seconds, cpu) in zip(list(times)[1:], rest, strict=True):
+                by_time, by_cpu = one / job.num_ranks / seconds, one_cpu / cpu
+                results.append(
+                    Result(
+                        strategy, name, shape, tokens, one, seconds, one_cpu, cpu, round(by_time, 4), round(by_cpu, 4)
+                    )
+                )
+                if rank == 0:
+                    print(f"{tokens} tokens, {shape}, {strategy} over {name}: {by_time:.3f}, by CPU time {by_cpu:.3f}")
+    if rank == 0:
+        (Path(job.folder) / "results").write_text(json.dumps([asdict(each) for each in results]))
+
+
+def _times(
+    rank: int, runs: dict[tuple[str, str], Callable[[], torch.Tensor]], turns: int
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Medians: seconds of the slowest rank, CPU seconds of all. The first turn does not count."""
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(turns + 1):
+        for name, run in runs.items():
+            dist.barrier()
+            began, cpu = time.perf_counter(), time.process_time()
+            if rank == 0 or name[1] != "one":
+                run()
+            mine = torch.tensor([time.perf_counter() - began, time.process_time() - cpu], dtype=torch.float64)
+            slowest, total = mine.clone(), mine.clone()
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            dist.all_reduce(total)
+            times[name].append((float(slowest[0]), float(total[1])))
+    medians = {}
+    for name, each in times.items():
+        wall, cpu_seconds = zip(*each[1:], strict=True)
+        medians[name] = statistics.median(wall), statistics.median(cpu_seconds)
+    return medians
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--kernel", help="by default the one that the server would choose here")
+    parser.add_argument("--strategies", nargs="+", default=["ring_pass_kv", "token_ring"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--no-overlap", action="store_true")
+    parser.add_argument("--output", type=Path, help="a JSON file")
+    args = parser.parse_args()
+    results = measure(
+        args.ranks,
+        args.kernel,
+        args.strategies,
+        lengths=args.lengths,
+        turns=args.turns,
+        overlap=not args.no_overlap,
+    )
+    if args.output is not None:
+        args.output.write_text(json.dumps([asdict(each) for each in results], indent=1))
+
+
+if __name__ == "__main__":
+    main()
