@@ -22,6 +22,8 @@ class PageTable:
         self._page_size = page_size
         self._owners = np.empty(0, np.uint8)  # SP rank of page p
         self._slots = np.empty(0, np.int64)  # cache row of every position on this rank, in position order
+        self._before = [0]  # own rows before page p
+        self._counted: tuple[int, list[int]] = 0, []  # pages, and the rows of so many on each rank
 
     def append(self, owners: bytes, pages: bytes) -> None:
         """owners: one byte a page; pages: int32 indices of those that this rank owns, in order."""
@@ -33,15 +35,20 @@ class PageTable:
         rows = (own[:, None] * self._page_size + np.arange(self._page_size)).ravel()
         self._owners = np.concatenate([self._owners, new])
         self._slots = np.concatenate([self._slots, rows])
+        counts = self._before[-1] + np.cumsum(new == self._sp_rank) * self._page_size
+        self._before += counts.tolist()
 
     def history_rows(self, start: int, num_ranks: int) -> list[int]:
         """Cached tokens on each SP rank when the request has `start` of them."""
         num_pages = -(-start // self._page_size)
         assert num_pages <= len(self._owners), "cached tokens without a page"
-        rows = np.bincount(self._owners[:num_pages], minlength=num_ranks) * self._page_size
+        if self._counted[0] != num_pages or len(self._counted[1]) != num_ranks:  # not as in most decode steps
+            counts = np.bincount(self._owners[:num_pages], minlength=num_ranks) * self._page_size
+            self._counted = num_pages, counts.tolist()
+        rows = list(self._counted[1])
         if num_pages:
             rows[self._owners[num_pages - 1]] -= num_pages * self._page_size - start
-        return [int(n) for n in rows]
+        return rows
 
     def history_positions(self, start: int, rank: int) -> Ints:
         """Positions of the cached tokens that SP rank `rank` holds, ascending."""
@@ -51,14 +58,13 @@ class PageTable:
 
     def slots(self, start: int, stop: int) -> Ints:
         """Cache rows of this rank's positions in [start, stop), ascending."""
-        ps, mine = self._page_size, self._owners == self._sp_rank
-        full = np.concatenate([[0], np.cumsum(mine)]) * ps  # own rows before page p
+        return self._slots[self._own_before(start) : self._own_before(stop)]
 
-        def before(position: int) -> int:
-            page, offset = divmod(position, ps)
-            return int(full[page]) + (offset if offset and mine[page] else 0)
-
-        return self._slots[before(start) : before(stop)]
+    def _own_before(self, position: int) -> int:
+        """This rank's rows before a position."""
+        page, offset = divmod(position, self._page_size)
+        rows = self._before[page]
+        return rows + offset if offset and self._before[page + 1] > rows else rows
 
 
 class KVCache:
