@@ -10,43 +10,25 @@ import argparse
 import json
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
-import sp_backend
+from benchmarks.attention_ranks import Shape
+from benchmarks.attention_ranks import measure as measure_ranks
 from sp_backend.kernels import HeadMap, Span, Work, get_kernel
 from sp_backend.native import choose_kernel
 
 KERNELS = ("native", "torch_cpu")
-STRATEGIES = ("ring_pass_kv", "token_ring")
+PARTS = ("kernel", "decode", "ranks")
 MATRIX = 2048
 READ_BYTES = 256 << 20
-
-
-class Shape(NamedTuple):
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    def __str__(self) -> str:
-        return f"{self.num_heads}:{self.num_kv_heads} D {self.head_dim}"
-
-    def flops(self, tokens: int) -> float:
-        return 2 * self.num_heads * self.head_dim * tokens * tokens  # causal
-
-    def tensors(self, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-        kv = torch.randn(keys, 2, self.num_kv_heads, self.head_dim, dtype=torch.bfloat16)
-        return torch.randn(queries, self.num_heads, self.head_dim, dtype=torch.bfloat16), kv
 
 
 PREFILL = Shape(8, 8, 64), Shape(16, 2, 128)
@@ -103,36 +85,11 @@ def measure_decode(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure_ranks(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (folder, shape, tokens, rounds), nprocs=2)
-        return dict(json.loads((Path(folder) / "result").read_text()))
-
-
-def _rank(rank: int, folder: str, shape: Shape, tokens: int, rounds: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(minutes=5), 2, rank)
-    q, kv = shape.tensors(tokens, tokens)
-    alone = kernel_call(choose_kernel()[0], shape, q, kv)
-    part = [t[: tokens // 2].contiguous() for t in (q, kv[:, 0], kv[:, 1])]
-    seconds: dict[str, list[float]] = {name: [] for name in ("one rank", *STRATEGIES)}
-    for turn in range(rounds + 1):
-        for name in seconds:
-            dist.barrier()
-            since = time.perf_counter()
-            if name != "one rank":
-                sp_backend.attention(*part, lengths=tokens, strategy=name)
-                dist.barrier()
-            elif rank == 0:
-                alone()
-            if turn:
-                seconds[name].append(time.perf_counter() - since)
-    found = {name: statistics.median(values) for name, values in seconds.items()}
-    efficiency = {name: found["one rank"] / (2 * found[name]) for name in STRATEGIES}
-    result = {"shape": str(shape), "tokens": tokens, "seconds": found, "efficiency": efficiency}
-    if rank == 0:
-        (Path(folder) / "result").write_text(json.dumps(result))
-    dist.destroy_process_group()
+def measure_shared(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds and efficiency of each strategy on two ranks, by transport."""
+    results = measure_ranks([shape], [tokens], rounds)
+    found = [{**asdict(r), "shape": str(shape)} for r in results]
+    return {"shape": str(shape), "tokens": tokens, "strategies": found}
 
 
 def plot(results: list[dict[str, Any]], path: str) -> None:
@@ -153,6 +110,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and turns: under a minute")
     parser.add_argument("--rounds", type=int, default=None, help="turns (default: 5; --quick: 3)")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="(default: all)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", metavar="TOKENS", help="(default: 4k to 32k; --quick: 4k, 8k)"
+    )
     parser.add_argument("--json", help="write the results here")
     parser.add_argument("--plot", help="draw the kernel's rates here")
     args = parser.parse_args()
@@ -161,22 +122,24 @@ def main() -> None:
         parser.error(why)
     torch.set_num_threads(1)
     rounds = args.rounds or (3 if args.quick else 5)
-    lengths = (4096, 8192) if args.quick else (4096, 8192, 16384, 32768)
-    shared = (8192,) if args.quick else (8192, 16384, 32768)
-    jobs: list[tuple[str, Callable[..., dict[str, Any]], Shape, int]] = [
-        *(("kernel", measure_prefill, s, n) for s in (PREFILL[:1] if args.quick else PREFILL) for n in lengths),
-        *(("decode", measure_decode, s, 32768) for s in DECODE),
-        *(("two ranks", measure_ranks, s, n) for s in (PREFILL[:1] if args.quick else PREFILL) for n in shared),
-    ]
+    lengths = args.lengths or ((4096, 8192) if args.quick else (4096, 8192, 16384, 32768))
+    shapes = PREFILL[:1] if args.quick else PREFILL
+    measures: dict[str, Callable[..., dict[str, Any]]] = dict(
+        zip(PARTS, (measure_prefill, measure_decode, measure_shared), strict=True)
+    )
+    jobs = [("kernel", s, n) for s in shapes for n in lengths]
+    jobs += [("decode", s, 32768) for s in DECODE]
+    jobs += [("ranks", s, n) for s in shapes for n in lengths if n >= 8192]
+    jobs = [job for job in jobs if job[0] in args.only]
     results: dict[str, list[dict[str, Any]]] = {}
-    for kind, measure, shape, tokens in tqdm(jobs, desc="Attention", disable=None):
-        found = measure(shape, tokens, rounds)
+    for kind, shape, tokens in tqdm(jobs, desc="Attention", disable=None):
+        found = measures[kind](shape, tokens, rounds)
         results.setdefault(kind, []).append(found)
         tqdm.write(f"{kind}: {json.dumps(found)}")
     if args.json:
         about = {"machine": platform.machine(), "torch": torch.__version__, "rounds": rounds}
         Path(args.json).write_text(json.dumps({**about, **results}, indent=1))
-    if args.plot:
+    if args.plot and "kernel" in results:
         plot(results["kernel"], args.plot)
 
 

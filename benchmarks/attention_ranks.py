@@ -1,4 +1,4 @@
-"""What sharing attention over the ranks of one host costs: `python -m benchmarks.attention_ranks`.
+"""What sharing attention over the ranks of one host costs; a part of benchmarks.attention.
 
 One layer's attention of one causal prompt as the server runs it: keys into the pages, the plan, the output in the
 model's dtype. One rank with one thread, then P ranks with one thread each, in turns. Efficiency is the seconds of the
@@ -8,7 +8,6 @@ the one's over the sum of the others', and says nothing of waiting.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,11 +41,21 @@ DTYPE = torch.bfloat16
 PAGE_SIZE = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.num_heads}:{self.num_kv_heads} D {self.head_dim}"
+
+    def flops(self, tokens: int) -> float:
+        """Of a causal prompt, work counted once."""
+        return 2 * self.num_heads * self.head_dim * tokens * tokens
+
+    def tensors(self, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+        kv = torch.randn(keys, 2, self.num_kv_heads, self.head_dim).to(DTYPE)
+        return torch.randn(queries, self.num_heads, self.head_dim).to(DTYPE), kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +86,22 @@ class Result:
     efficiency_by_cpu_time: float
 
 
-SHAPES = Shape(16, 2, 128), Shape(8, 8, 64)
-
-
 def measure(
+    shapes: Sequence[Shape],
+    lengths: Sequence[int],
+    turns: int,
+    *,
     num_ranks: int = 2,
-    kernel: str | None = None,
     strategies: Sequence[str] = ("ring_pass_kv", "token_ring"),
-    shapes: Sequence[Shape] = SHAPES,
-    lengths: Sequence[int] = (8192, 32768),
-    turns: int = 5,
     overlap: bool = True,
 ) -> list[Result]:
-    """kernel: None, the one that the server would choose here. On gloo and, if this host can, shared memory."""
+    """With the kernel that the server would choose here, over gloo and, if this host can, shared memory."""
     with tempfile.TemporaryDirectory() as folder:
-        chosen = kernel or choose_kernel()[0]
+        chosen = choose_kernel()[0]
         job = Job(num_ranks, chosen, tuple(strategies), tuple(shapes), tuple(lengths), turns, overlap, folder)
         spawn(_rank, (job,), nprocs=num_ranks)
         found = json.loads((Path(folder) / "results").read_text())
-        return [Result(**each | {"shape": Shape(**each["shape"])}) for each in found]
+        return [Result(**each | {"shape": Shape(*each["shape"])}) for each in found]
 
 
 def layer_of(
@@ -135,8 +142,7 @@ def layer_of(
     none = torch.empty(0, dtype=torch.int64)
     batch = LocalBatch(none, none, slice(0, num_rows), [group], [], [])
     attention = StepAttention(batch, cache, {"it": executor}, [None])
-    q = torch.randn(num_rows, shape.num_heads, shape.head_dim).to(DTYPE)
-    kv = torch.randn(num_rows, 2, shape.num_kv_heads, shape.head_dim).to(DTYPE)
+    q, kv = shape.tensors(num_rows, num_rows)
     return lambda: attention.attend(0, q, kv)
 
 
@@ -165,8 +171,6 @@ def _rank(rank: int, job: Job) -> None:
                         strategy, name, shape, tokens, one, seconds, one_cpu, cpu, round(by_time, 4), round(by_cpu, 4)
                     )
                 )
-                if rank == 0:
-                    print(f"{tokens} tokens, {shape}, {strategy} over {name}: {by_time:.3f}, by CPU time {by_cpu:.3f}")
     if rank == 0:
         (Path(job.folder) / "results").write_text(json.dumps([asdict(each) for each in results]))
 
@@ -192,29 +196,3 @@ def _times(
         wall, cpu_seconds = zip(*each[1:], strict=True)
         medians[name] = statistics.median(wall), statistics.median(cpu_seconds)
     return medians
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--kernel", help="by default the one that the server would choose here")
-    parser.add_argument("--strategies", nargs="+", default=["ring_pass_kv", "token_ring"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768])
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--no-overlap", action="store_true")
-    parser.add_argument("--output", type=Path, help="a JSON file")
-    args = parser.parse_args()
-    results = measure(
-        args.ranks,
-        args.kernel,
-        args.strategies,
-        lengths=args.lengths,
-        turns=args.turns,
-        overlap=not args.no_overlap,
-    )
-    if args.output is not None:
-        args.output.write_text(json.dumps([asdict(each) for each in results], indent=1))
-
-
-if __name__ == "__main__":
-    main()
