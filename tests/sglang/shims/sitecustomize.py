@@ -18,6 +18,8 @@ class _DeclareOperators(importlib.abc.MetaPathFinder):
         if name == "torchvision" and self.library is None:
             import torch
 
+            if torch.version.cuda is not None:  # a CUDA build of torch: torchvision's own operators load
+                return
             self.library = torch.library.Library("torchvision", "DEF")
             self.library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             self.library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
