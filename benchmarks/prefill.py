@@ -215,7 +215,7 @@ def plot(file: Path, times: Times) -> None:
         medians = [statistics.median(row[label]) for row in times.values()]
         axes.plot(list(times), medians, marker="o", label=label)
     axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token (s)")
-    axes.set_xticks(list(times), [f"{n // 1024}k" for n in times])
+    axes.set_xticks(list(times), [f"{n // 1024}k" if n >= 1024 else str(n) for n in times])
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
