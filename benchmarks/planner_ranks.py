@@ -1,4 +1,5 @@
-"""The ranks behind `python -m benchmarks.planner --measured`: every candidate of every batch, in turn, on gloo ranks.
+"""The ranks behind `python -m benchmarks.planner --measured`: every candidate of every batch, in turn, on ranks of this
+host that are connected as a server's are, with the kernel that it would choose.
 
 A layer is what a server's step has in one: the dense products of a rank's own new tokens, then attention under the
 plan; a step is as many as the model has.
@@ -24,14 +25,16 @@ from tqdm import tqdm
 from benchmarks.regret import Result, result
 from sp_backend.cost import ModelShape
 from sp_backend.execute import Executor
-from sp_backend.kernels import get_kernel
+from sp_backend.kernels import Kernel, get_kernel
 from sp_backend.measure import measure
+from sp_backend.native import choose_kernel
 from sp_backend.planner import Batch, Candidate, Planner
+from sp_backend.transport import Transport
 from sp_backend.transport.gloo import GlooTransport
+from sp_backend.transport.shared_memory import shared_memory
 
-DTYPE = torch.float32
+DTYPE = torch.bfloat16
 HIDDEN = 256  # of the dense products: their sizes, not their number, are those of a small model
-KERNEL = "torch_cpu"
 LONG_SECONDS = 2.0  # a candidate that takes this long is not run more often than FEWEST
 FEWEST = 3
 MOST = 100  # turns
@@ -63,16 +66,18 @@ def _rank(rank: int, job: Job) -> None:
     torch.set_num_threads(1)
     wait = timedelta(minutes=10)
     dist.init_process_group("gloo", f"file://{job.folder}/store", wait, job.num_ranks, rank)
-    transport = GlooTransport.create(job.num_ranks, job.num_ranks, rank, wait.total_seconds())
-    machine = measure(transport, get_kernel(KERNEL), job.shape, DTYPE)
+    gloo = GlooTransport.create(job.num_ranks, job.num_ranks, rank, wait.total_seconds())
+    transport: Transport = shared_memory(gloo, wait.total_seconds()) or gloo
+    kernel = get_kernel(choose_kernel()[0])
+    machine = measure(transport, kernel, job.shape, DTYPE)
     planner = Planner(machine, job.shape, job.num_ranks, page_size=job.page_size)
     results = []
     for batch in tqdm(job.batches, desc="Batches", unit="batch", disable=rank > 0):
         choice = planner.choose(batch)
-        runs = {str(c.variant): _layer(c, job.shape, transport) for c in planner.rank_candidates(batch)}
+        runs = {str(c.variant): _layer(c, job.shape, kernel, transport) for c in planner.rank_candidates(batch)}
         layer = _medians(runs, job)
         seconds = {name: job.shape.num_layers * s for name, s in layer.items()}
-        named = f"{job.num_ranks} gloo ranks", "float32", batch, str(choice.variant), choice.seconds
+        named = f"{job.num_ranks} ranks, {transport.name}", "bfloat16", batch, str(choice.variant), choice.seconds
         results.append(result(*named, seconds))
     if rank == 0:
         about = {"machine": msgspec.to_builtins(machine), "torch": str(torch.__version__)}
@@ -80,17 +85,17 @@ def _rank(rank: int, job: Job) -> None:
     dist.destroy_process_group()
 
 
-def _layer(candidate: Candidate, shape: ModelShape, transport: GlooTransport) -> Callable[[], object]:
+def _layer(candidate: Candidate, shape: ModelShape, kernel: Kernel, transport: Transport) -> Callable[[], object]:
     """One layer of this rank under a plan, on random tensors."""
     plan, rank, geometry = candidate.plan, transport.rank, candidate.geometry
     layout, heads = plan.layout, shape.num_kv_heads
-    executor = Executor(plan, rank, get_kernel(KERNEL), transport, head_dim=shape.head_dim, dtype=DTYPE)
+    executor = Executor(plan, rank, kernel, transport, head_dim=shape.head_dim, dtype=DTYPE)
     schedule = executor.schedule(geometry)
     rows = [sum(row[c] for row in geometry.rows) for c in range(layout.num_chunks)]
-    q = {c: torch.randn(rows[c], shape.num_heads, shape.head_dim) for c in layout.q_of(rank)}
-    kv = {c: torch.randn(rows[c], 2, heads, shape.head_dim) for c in layout.kv_of(rank)}
-    hidden = torch.randn(sum(rows[c] for c in layout.q_of(rank)), HIDDEN)
-    weight = torch.randn(HIDDEN, round(shape.dense_flops / shape.num_layers / 2 / HIDDEN))
+    q = {c: torch.randn(rows[c], shape.num_heads, shape.head_dim).to(DTYPE) for c in layout.q_of(rank)}
+    kv = {c: torch.randn(rows[c], 2, heads, shape.head_dim).to(DTYPE) for c in layout.kv_of(rank)}
+    hidden = torch.randn(sum(rows[c] for c in layout.q_of(rank)), HIDDEN).to(DTYPE)
+    weight = torch.randn(HIDDEN, round(shape.dense_flops / shape.num_layers / 2 / HIDDEN)).to(DTYPE)
 
     def run() -> None:
         hidden @ weight

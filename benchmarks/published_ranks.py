@@ -26,12 +26,12 @@ from sp_backend.execute import Executor
 from sp_backend.kernels import get_kernel
 from sp_backend.layout import Kind
 from sp_backend.measure import measure
+from sp_backend.native import choose_kernel
 from sp_backend.planner import lay_out
 from sp_backend.simulate import simulate
 from sp_backend.strategies import plan_for
 from sp_backend.transport.gloo import GlooTransport
 
-KERNEL: Final = "torch_cpu"
 LAYOUTS: Final[tuple[Kind, ...]] = ("contiguous", "zigzag")
 
 
@@ -60,14 +60,15 @@ def _rank(rank: int, num_ranks: int, strategy: str, shape: ModelShape, tokens: i
     limit = timedelta(minutes=5)
     dist.init_process_group("gloo", f"file://{folder}/store", limit, num_ranks, rank)
     transport = GlooTransport.create(num_ranks, num_ranks, rank, limit.total_seconds())
-    machine = measure(transport, get_kernel(KERNEL), shape, torch.float32)
+    kernel = get_kernel(choose_kernel()[0])
+    machine = measure(transport, kernel, shape, torch.float32)
     shares = []
     for kind in LAYOUTS:
         plan = plan_for(
             strategy, num_ranks=num_ranks, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, kind=kind
         )
         geometry = lay_out(plan.layout, [(tokens, 0)])
-        executor = Executor(plan, rank, get_kernel(KERNEL), transport, head_dim=shape.head_dim, dtype=torch.float32)
+        executor = Executor(plan, rank, kernel, transport, head_dim=shape.head_dim, dtype=torch.float32)
         schedule, rows = executor.schedule(geometry), geometry.rows[0]
         q = {c: torch.randn(rows[c], shape.num_heads, shape.head_dim) for c in plan.layout.q_of(rank)}
         kv = {c: torch.randn(rows[c], 2, shape.num_kv_heads, shape.head_dim) for c in plan.layout.kv_of(rank)}
