@@ -71,3 +71,13 @@ def test_without_a_compiler_the_kernel_of_torch_is_chosen(tiny: Path, monkeypatc
     monkeypatch.setitem(native.SOURCES, "attention", frozenset())
     assert native.choose_kernel()[0] == "torch_cpu"
     assert "no C++ compiler" in native.choose_kernel()[1]
+
+
+@pytest.mark.parametrize("source", list(native.SOURCES))
+def test_every_source_compiles_and_loads_where_the_cpu_can_run_it(source: str) -> None:
+    """Elsewhere tests of the native kernels are skipped; a source that no longer compiles must not skip them too."""
+    if native.SOURCES[source] <= set(native._cpu().split()):
+        native.load(source)
+    else:
+        with pytest.raises(native.Unavailable, match="this CPU lacks"):
+            native.load(source)
