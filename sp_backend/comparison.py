@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Final, Literal
 
 import numpy as np
@@ -105,9 +106,19 @@ class Comparison:
         return least <= best and (variant.degree or ranks) <= STRATEGIES[variant.strategy].quick_ranks
 
     def _least(self, variant: Variant) -> float:
-        question = self.question
+        question, page = self.question, self.question.page_size
         degree = 1 if variant == OFF else variant.degree or question.machine.num_ranks
-        attention, step = least_seconds(question.machine, question.shape, question.batch, degree, question.causal)
+        row = STRATEGIES[variant.strategy]
+        chunks = degree * (2 if row.kinds[0] == "zigzag" else 1)
+        attention, step = least_seconds(
+            question.machine,
+            question.shape,
+            question.batch,
+            degree,
+            causal=question.causal,
+            queries=[min(new, ceil(ceil(new / page) / chunks) * page) for new, _ in question.batch],  # of a chunk
+            rounds=row.rounds(degree, variant.options),
+        )
         return step if question.whole_step else attention
 
     def seconds(self, candidate: Candidate) -> float:

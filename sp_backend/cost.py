@@ -101,19 +101,30 @@ class Cost:
 
 
 def least_seconds(
-    machine: Machine, shape: ModelShape, batch: Sequence[tuple[int, int]], degree: int, causal: bool = True
+    machine: Machine,
+    shape: ModelShape,
+    batch: Sequence[tuple[int, int]],
+    degree: int,
+    *,
+    causal: bool = True,
+    queries: Sequence[int] | None = None,
+    rounds: int = 0,
 ) -> tuple[float, float]:
     """What any plan that shares each prompt over `degree` ranks takes at least, for one layer's attention and a whole
-    step: its work, evenly spread, at the kernel's best rate. batch: (new, cached) tokens.
+    step: its work, evenly spread, at the best rate that the kernel reaches, and its rounds.
+
+    batch: (new, cached) tokens. queries: of each prompt, the most that are attended at once (None: all). rounds: those
+    in which every rank takes part.
     """
-    rates = machine.rates
-    most = max(*map(max, rates.kernel.full), *rates.kernel.causal)
-    pairs = [new * (cached + ((new + 1) / 2 if causal else new)) for new, cached in batch]
-    attention = [4 * shape.head_dim * shape.num_heads * n / most for n in pairs]
+    rates, attention = machine.rates, []
+    for (new, cached), most in zip(batch, queries or [new for new, _ in batch], strict=True):
+        pairs = new * (cached + ((new + 1) / 2 if causal else new))
+        attention.append(4 * shape.head_dim * shape.num_heads * pairs / rates.kernel.best_rate(most))
     dense = [new * shape.dense_flops / rates.dense_flops for new, _ in batch]
     step = [shape.num_layers * a + d for a, d in zip(attention, dense, strict=True)]
     attends, steps = (max(max(x) / degree, sum(x) / machine.num_ranks) for x in (attention, step))
-    return attends, steps + rates.step_seconds
+    fixed = rounds * rates.round_seconds
+    return attends + fixed, steps + shape.num_layers * fixed + rates.step_seconds
 
 
 class PlanCost:

@@ -126,6 +126,11 @@ class KernelRates:
         above = table[up, j] * (1 - v) + table[up, np.minimum(j + 1, len(self.keys) - 1)] * v
         return np.asarray(np.exp(below * (1 - u) + above * u))
 
+    def best_rate(self, queries: int) -> float:
+        """FLOP/s that no block of at most so many queries exceeds."""
+        fewer = [n for n in self.queries if n < queries]
+        return float(max(max(self.full_rate(n, self.keys).max(), self.causal_rate(n)) for n in (*fewer, queries)))
+
     def causal_rate(self, queries: ArrayLike) -> Floats:
         """FLOP/s of causal blocks on the diagonal."""
         logs = np.interp(np.log(np.maximum(queries, 1)), np.log(self.queries), np.log(self.causal))

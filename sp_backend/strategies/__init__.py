@@ -89,6 +89,7 @@ class Strategy:
     history: History = "all"
     layout: str | None = None  # the server's layout in which it can be asked for; None: chosen by the scheduler alone
     quick_ranks: int = 1024  # of more ranks, plans have so many instructions that costing one takes seconds
+    rounds: Callable[[int, Options], int] = lambda num_ranks, options: num_ranks  # at least, in which all take part
 
 
 SPREAD: tuple[Kind, ...] = ("zigzag", "contiguous")
@@ -96,8 +97,8 @@ STRATEGIES: dict[str, Strategy] = {
     "ring_pass_kv": Strategy(ring_pass_kv.build_down, SPREAD, layout="tokens"),
     "ring_pass_kv_up": Strategy(ring_pass_kv.build_up, SPREAD, layout="tokens"),
     "ring_pass_kv_both": Strategy(ring_pass_kv.build_both, SPREAD, layout="tokens"),
-    "ring_pass_q": Strategy(ring_pass_q.build, SPREAD, layout="tokens"),
-    "token_ring": Strategy(token_ring.build, SPREAD, layout="tokens"),
+    "ring_pass_q": Strategy(ring_pass_q.build, SPREAD, layout="tokens", rounds=lambda n, _: n + 1),
+    "token_ring": Strategy(token_ring.build, SPREAD, layout="tokens", rounds=lambda n, _: n + 1),
     "hamilton": Strategy(
         hamilton.build,
         SPREAD,
@@ -106,15 +107,22 @@ STRATEGIES: dict[str, Strategy] = {
         layout="tokens",
         quick_ranks=32,
     ),
-    "all_gather_kv": Strategy(all_gather_kv.build, SPREAD, layout="tokens"),
-    "ulysses": Strategy(ulysses.build, SPREAD, useful=ulysses.fits, layout="tokens", quick_ranks=32),
+    "all_gather_kv": Strategy(all_gather_kv.build, SPREAD, layout="tokens", rounds=lambda n, _: 2),
+    "ulysses": Strategy(
+        ulysses.build, SPREAD, useful=ulysses.fits, layout="tokens", quick_ranks=32, rounds=lambda n, _: 3
+    ),
     "hybrid": Strategy(
-        ulysses.build_hybrid, SPREAD, ("ulysses_degree", "ring_inside"), ulysses.hybrids, layout="tokens"
+        ulysses.build_hybrid,
+        SPREAD,
+        ("ulysses_degree", "ring_inside"),
+        ulysses.hybrids,
+        layout="tokens",
+        rounds=lambda n, options: n // (options.ulysses_degree or ulysses.nearest_root(n)) + 2,
     ),
     "double_ring": Strategy(double_ring.build, SPREAD, ("window_size",), double_ring.windows, layout="tokens"),
     "sharded_q": Strategy(sharded_q.build, ("heads",), useful=sharded_q.fits, layout="heads"),
-    "decode": Strategy(decode.build, ("home", "heads")),
-    "local": Strategy(local.build, ("home",), history="own"),
+    "decode": Strategy(decode.build, ("home", "heads"), rounds=lambda n, _: 2),
+    "local": Strategy(local.build, ("home",), history="own", rounds=lambda n, _: 1),
 }
 
 

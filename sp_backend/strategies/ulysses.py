@@ -28,7 +28,7 @@ def build_hybrid(layout: Layout, ulysses_degree: int | None = None, ring_inside:
     ranks = layout.num_ranks
     fit = [u for u in range(1, ranks + 1) if ranks % u == 0]
     if ulysses_degree is None:
-        ulysses_degree = max(u for u in fit if u <= min(isqrt(ranks), layout.num_heads))
+        ulysses_degree = nearest_root(ranks, layout.num_heads)
     if ulysses_degree not in fit:
         raise ValueError(
             f"ulysses_degree (--sp-ulysses-degree): {ranks} ranks cannot be divided into teams of {ulysses_degree}; "
@@ -40,6 +40,11 @@ def build_hybrid(layout: Layout, ulysses_degree: int | None = None, ring_inside:
     else:
         teams = [list(range(i * ulysses_degree, (i + 1) * ulysses_degree)) for i in range(num_teams)]
     return Plan("hybrid", layout, _rounds(layout, teams))
+
+
+def nearest_root(num_ranks: int, most: int | None = None) -> int:
+    """The divisor of the number of ranks nearest to its square root, from below, and at most `most`."""
+    return max(u for u in range(1, min(isqrt(num_ranks), most or num_ranks) + 1) if num_ranks % u == 0)
 
 
 def fits(num_ranks: int, num_heads: int) -> list[dict[str, int]]:

@@ -9,7 +9,7 @@ import pytest
 from sp_backend.cost import Cost, ModelShape, PlanCost, least_seconds
 from sp_backend.geometry import predicted_bytes
 from sp_backend.planner import OFF, lay_out
-from sp_backend.strategies import Options, Variant, plan_for, variants
+from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for, variants
 from sp_backend.topology import Machine, preset
 from tests.sp_backend.machines import BANDWIDTH, FLOPS, IDEAL, LLAMA_70B, MHA, mesh, one, plan_of, switch
 
@@ -165,5 +165,8 @@ def test_no_plan_takes_less_than_the_least(topology: str, batch: list[tuple[int,
         plan = plan_for(variant, num_ranks=ranks, num_heads=heads, num_kv_heads=8, causal=causal, proven=False)
         found = PlanCost(plan, machine, shape).cost(lay_out(plan.layout, batch))
         degree = 1 if variant == OFF else variant.degree or ranks
-        attention, step = least_seconds(machine, shape, batch, degree, causal)
+        rounds = STRATEGIES[variant.strategy].rounds(degree, variant.options)
+        chunks = plan.layout.num_new // plan.layout.num_groups
+        queries = [-(-new // (1 if variant == OFF else chunks)) for new, _ in batch]
+        attention, step = least_seconds(machine, shape, batch, degree, causal=causal, queries=queries, rounds=rounds)
         assert attention <= found.seconds and step <= found.step_seconds

@@ -276,3 +276,14 @@ def test_an_unproven_plan_is_refused_with_the_reasons() -> None:
     empty = Plan("nothing", Layout(2, "zigzag", 4, 2), (Round(),))
     with pytest.raises(PlanError, match="kv0, slice 0/1, missing"):
         prove(empty)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_rank_takes_part_in_the_rounds_that_bounds_on_its_time_count(num_ranks: int, causal: bool) -> None:
+    for variant in [Variant("local"), *variants(num_ranks, 24), *variants(num_ranks, 24, "heads")]:
+        plan = plan_for(variant, num_ranks=num_ranks, num_heads=24, num_kv_heads=8, causal=causal, proven=False)
+        degree = 1 if variant.strategy == "local" else variant.degree or num_ranks
+        for rank in range(num_ranks):
+            busy = sum(any(part) for part in plan.for_rank(rank))
+            assert busy >= STRATEGIES[variant.strategy].rounds(degree, variant.options), f"{variant} on rank {rank}"
