@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from typing import Any
 import httpx
 
 from benchmarks.launched import ROOT, free_port
+from tests.sglang.process import start
 
 LINES = 60  # of its log, in errors
 
@@ -32,14 +31,17 @@ class SGLangServer:
         tp_size: int | None = None,
         env: Mapping[str, str] | None = None,
         startup_seconds: float = 280,
+        imported: bool = True,
     ) -> None:
-        """tp_size: SGLang's, which counts CP ranks too; None: cp_size. args: more flags, which win."""
+        """tp_size: SGLang's, which counts CP ranks too; None: cp_size. args: more flags, which win. imported: see
+        process.py.
+        """
         self.port = free_port()
         tp_size = tp_size or cp_size
-        self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
-        self.command += ["--attention-backend", backend, "--tp-size", str(tp_size), "--attn-cp-size", str(cp_size)]
-        self.command += ["--enable-prefill-cp", "--cp-strategy", "zigzag", "--dtype", "float32"]
-        self.command += ["--mem-fraction-static", "0.1", "--port", str(self.port), *args]
+        self.arguments = ["--model-path", str(model), "--device", "cpu"]
+        self.arguments += ["--attention-backend", backend, "--tp-size", str(tp_size), "--attn-cp-size", str(cp_size)]
+        self.arguments += ["--enable-prefill-cp", "--cp-strategy", "zigzag", "--dtype", "float32"]
+        self.arguments += ["--mem-fraction-static", "0.1", "--sleep-on-idle", "--port", str(self.port), *args]
         cores = sorted(os.sched_getaffinity(0))
         self._env = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "sglang" / "shims"), str(ROOT)]),
@@ -47,19 +49,17 @@ class SGLangServer:
             "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(cores[r % len(cores)]) for r in range(tp_size)),
             **(env or {}),
         }
-        self._startup_seconds = startup_seconds
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._startup_seconds, self._imported = startup_seconds, imported
+        self._log = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
 
     def __enter__(self) -> SGLangServer:
-        self.process = subprocess.Popen(
-            self.command, env=self._env, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        self._process = start(self.arguments, self._env, Path(self._log.name), imported=self._imported)
         deadline = time.monotonic() + self._startup_seconds
         while not self._is_ready():
-            if self.process.poll() is not None or time.monotonic() > deadline:
+            if not self._process.is_alive() or time.monotonic() > deadline:
                 self._end()
                 shown = "\n".join(self.log().splitlines()[-LINES:])
-                raise RuntimeError(f"{' '.join(self.command)} did not get ready:\n{shown}")
+                raise RuntimeError(f"sglang.launch_server {' '.join(self.arguments)} did not get ready:\n{shown}")
             time.sleep(0.2)
         return self
 
@@ -90,7 +90,8 @@ class SGLangServer:
     def _end(self) -> None:
         """Nobody waits for a test's requests, so its whole session is killed."""
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self._process.ident, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        self.process.wait(30)
+        self._process.kill()
+        self._process.join(30)
