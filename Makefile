@@ -34,9 +34,9 @@ $(VENV)/.dev: $(VENV)/.serve
 
 bench-peers: $(PEERS_VENV)/.ready  # what benchmarks compare with, in an environment of its own
 
-$(PEERS_VENV)/.ready: benchmarks/peers.txt constraints.txt
+$(PEERS_VENV)/.ready: pyproject.toml benchmarks/peers.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS_VENV)
-	$(PEERS_VENV)/bin/python -m pip install -c constraints.txt -r benchmarks/peers.txt
+	$(PEERS_VENV)/bin/python -m pip install -c constraints.txt -e . -r benchmarks/peers.txt
 	touch $@
 
 $(SGLANG_VENV)/.ready: pyproject.toml tests/sglang/requirements.txt tests/sglang/cpu_platform/pyproject.toml

@@ -2,6 +2,7 @@
 
 Everything is timed in turns, and ratios are of medians: against torch's flash kernel, the machine's own bf16 matrix
 product and a plain read. One core is timed by processor time; ranks by the clock, so they want a quiet machine.
+`--only peers` times two ranks against two of torch's context_parallel and of yunchang (`make bench-peers`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +23,17 @@ import matplotlib
 import torch
 from tqdm import tqdm
 
+from benchmarks import peers
+from benchmarks.attention_peers import measure as measure_peers
 from benchmarks.attention_ranks import Shape
 from benchmarks.attention_ranks import measure as measure_ranks
 from sp_backend.kernels import HeadMap, Span, Work, get_kernel
 from sp_backend.native import choose_kernel
 
 KERNELS = ("native", "torch_cpu")
-PARTS = ("kernel", "decode", "ranks")
+DEFAULT_PARTS = ("kernel", "decode", "ranks")
 MATRIX = 2048
 READ_BYTES = 256 << 20
-
-
 PREFILL = Shape(8, 8, 64), Shape(16, 2, 128)
 DECODE = Shape(8, 8, 64), Shape(4, 2, 128), Shape(8, 2, 128), Shape(16, 2, 128)
 
@@ -92,20 +95,35 @@ def measure_shared(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
     return {"shape": str(shape), "tokens": tokens, "strategies": found}
 
 
-def plot(results: list[dict[str, Any]], path: str) -> None:
+MEASURES: dict[str, Callable[[Shape, int, int], dict[str, Any]]] = {
+    "kernel": measure_prefill,
+    "decode": measure_decode,
+    "ranks": measure_shared,
+    "peers": measure_peers,
+}
+
+
+def plot(results: dict[str, list[dict[str, Any]]], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(layout="constrained")
-    for shape in dict.fromkeys(r["shape"] for r in results):
-        rows = [r for r in results if r["shape"] == shape]
-        for name in rows[0]["gflops"]:
-            axes.plot([r["tokens"] for r in rows], [r["gflops"][name] for r in rows], "o-", label=f"{name}, {shape}")
-    lengths = sorted({r["tokens"] for r in results})
-    axes.set(xscale="log", xlabel="tokens", ylabel="GFLOP/s, one core, bf16, causal", ylim=(0, None))
-    axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-    axes.minorticks_off()
-    axes.legend()
+    on = {"kernel": "one core", "peers": "two ranks of one thread"}
+    parts = [part for part in on if part in results]
+    figure, all_axes = pyplot.subplots(
+        1, len(parts), figsize=(6.4 * len(parts), 5), layout="constrained", squeeze=False
+    )
+    for part, axes in zip(parts, all_axes[0], strict=True):
+        rows = results[part]
+        for shape, line in zip(dict.fromkeys(r["shape"] for r in rows), ("o-", "s--"), strict=False):
+            own = [r for r in rows if r["shape"] == shape]
+            axes.set_prop_cycle(None)
+            for name in own[0]["gflops"]:
+                axes.plot([r["tokens"] for r in own], [r["gflops"][name] for r in own], line, label=f"{name}, {shape}")
+        lengths = sorted({r["tokens"] for r in rows})
+        axes.set(xscale="log", xlabel="tokens", ylabel=f"GFLOP/s, {on[part]}, bf16, causal", ylim=(0, None))
+        axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+        axes.minorticks_off()
+        axes.legend(fontsize="small")
     figure.savefig(path)
 
 
@@ -113,37 +131,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and turns: under a minute")
     parser.add_argument("--rounds", type=int, default=None, help="turns (default: 5; --quick: 3)")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="(default: all)")
+    parser.add_argument(
+        "--only", choices=tuple(MEASURES), nargs="+", default=DEFAULT_PARTS, help="(default: all but peers)"
+    )
     parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="TOKENS", help="(default: 4k to 32k; --quick: 4k, 8k)"
     )
     parser.add_argument("--json", help="write the results here")
-    parser.add_argument("--plot", help="draw the kernel's rates here")
+    parser.add_argument("--plot", help="draw the rates of the kernel and of the peers here")
     args = parser.parse_args()
     name, why = choose_kernel()
     if name != "native":
         parser.error(why)
+    if "peers" in args.only and (reason := peers.missing()):
+        parser.error(reason)
     torch.set_num_threads(1)
     rounds = args.rounds or (3 if args.quick else 5)
     lengths = args.lengths or ((4096, 8192) if args.quick else (4096, 8192, 16384, 32768))
     shapes = PREFILL[:1] if args.quick else PREFILL
-    measures: dict[str, Callable[..., dict[str, Any]]] = dict(
-        zip(PARTS, (measure_prefill, measure_decode, measure_shared), strict=True)
-    )
     jobs = [("kernel", s, n) for s in shapes for n in lengths]
     jobs += [("decode", s, 32768) for s in DECODE]
-    jobs += [("ranks", s, n) for s in shapes for n in lengths if n >= 8192]
+    jobs += [(part, s, n) for part in ("ranks", "peers") for s in shapes for n in lengths if n >= 8192]
     jobs = [job for job in jobs if job[0] in args.only]
     results: dict[str, list[dict[str, Any]]] = {}
     for kind, shape, tokens in tqdm(jobs, desc="Attention", disable=None):
-        found = measures[kind](shape, tokens, rounds)
+        found = MEASURES[kind](shape, tokens, rounds)
         results.setdefault(kind, []).append(found)
         tqdm.write(f"{kind}: {json.dumps(found)}")
     if args.json:
-        about = {"machine": platform.machine(), "torch": torch.__version__, "rounds": rounds}
+        about = {"date": date.today().isoformat(), "command": " ".join(sys.orig_argv), "rounds": rounds}
+        about |= {"machine": platform.machine(), "torch": torch.__version__}
+        if "peers" in args.only:
+            about["peers"] = peers.versions("torch", "yunchang")
         Path(args.json).write_text(json.dumps({**about, **results}, indent=1))
-    if args.plot and "kernel" in results:
-        plot(results["kernel"], args.plot)
+    if args.plot and {"kernel", "peers"} & set(args.only):
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ the one's over the sum of the others', and says nothing of waiting.
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -105,9 +105,15 @@ def measure(
 
 
 def layer_of(
-    strategy: str, transport: Transport, kernel: str, shape: Shape, tokens: int, overlap: bool = True
+    strategy: str,
+    transport: Transport,
+    kernel: str,
+    shape: Shape,
+    tokens: int,
+    overlap: bool = True,
+    tensors: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Callable[[], torch.Tensor]:
-    """This rank's attention of one layer, on random tensors. All ranks of the transport run it together."""
+    """This rank's attention of one layer, on its rows of q and kv or on random ones. All ranks run it together."""
     plan = plan_for(
         strategy, num_ranks=transport.size, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, kind="zigzag"
     )
@@ -142,7 +148,7 @@ def layer_of(
     none = torch.empty(0, dtype=torch.int64)
     batch = LocalBatch(none, none, slice(0, num_rows), [group], [], [])
     attention = StepAttention(batch, cache, {"it": executor}, [None])
-    q, kv = shape.tensors(num_rows, num_rows)
+    q, kv = tensors or shape.tensors(num_rows, num_rows)
     return lambda: attention.attend(0, q, kv)
 
 
@@ -151,48 +157,41 @@ def _rank(rank: int, job: Job) -> None:
     wait = timedelta(minutes=10)
     dist.init_process_group("gloo", f"file://{job.folder}/store", wait, job.num_ranks, rank)
     gloo = GlooTransport.create(job.num_ranks, job.num_ranks, rank, wait.total_seconds())
-    shared = shared_memory(gloo, wait.total_seconds())
-    transports: list[Transport] = [gloo] if shared is None else [gloo, shared]
+    in_memory = shared_memory(gloo, wait.total_seconds())
+    transports: list[Transport] = [gloo] if in_memory is None else [gloo, in_memory]
     alone = LockstepNetwork(1).rank(0)
     results: list[Result] = []
     for shape in job.shapes:
         for tokens in job.lengths:
-            runs = {("", "one"): layer_of(job.strategies[0], alone, job.kernel, shape, tokens)}
-            for strategy in job.strategies:
-                for transport in transports:
-                    layer = layer_of(strategy, transport, job.kernel, shape, tokens, job.overlap)
-                    runs[strategy, transport.name] = layer
-            times = _times(rank, runs, job.turns)
-            (one, one_cpu), *rest = times.values()
-            for (strategy, name), (seconds, cpu) in zip(list(times)[1:], rest, strict=True):
-                by_time, by_cpu = one / job.num_ranks / seconds, one_cpu / cpu
-                results.append(
-                    Result(
-                        strategy, name, shape, tokens, one, seconds, one_cpu, cpu, round(by_time, 4), round(by_cpu, 4)
-                    )
-                )
+            one_rank = layer_of(job.strategies[0], alone, job.kernel, shape, tokens)
+            runs: dict[str, Callable[[], object]] = {"one": one_rank if rank == 0 else lambda: None}
+            shared = [(strategy, transport) for strategy in job.strategies for transport in transports]
+            for strategy, transport in shared:
+                layer = layer_of(strategy, transport, job.kernel, shape, tokens, job.overlap)
+                runs[f"{strategy} over {transport.name}"] = layer
+            times = rank_medians(runs, job.turns)
+            one, one_cpu = times["one"]
+            for strategy, transport in shared:
+                seconds, cpu = times[f"{strategy} over {transport.name}"]
+                by_time, by_cpu = round(one / job.num_ranks / seconds, 4), round(one_cpu / cpu, 4)
+                found = strategy, transport.name, shape, tokens, one, seconds, one_cpu, cpu, by_time, by_cpu
+                results.append(Result(*found))
     if rank == 0:
         (Path(job.folder) / "results").write_text(json.dumps([asdict(each) for each in results]))
 
 
-def _times(
-    rank: int, runs: dict[tuple[str, str], Callable[[], torch.Tensor]], turns: int
-) -> dict[tuple[str, str], tuple[float, float]]:
+def rank_medians(runs: Mapping[str, Callable[[], object]], turns: int) -> dict[str, tuple[float, float]]:
     """Medians: seconds of the slowest rank, CPU seconds of all. The first turn does not count."""
-    times: dict[tuple[str, str], list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(turns + 1):
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
         for name, run in runs.items():
             dist.barrier()
             began, cpu = time.perf_counter(), time.process_time()
-            if rank == 0 or name[1] != "one":
-                run()
+            run()
             mine = torch.tensor([time.perf_counter() - began, time.process_time() - cpu], dtype=torch.float64)
             slowest, total = mine.clone(), mine.clone()
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             dist.all_reduce(total)
-            times[name].append((float(slowest[0]), float(total[1])))
-    medians = {}
-    for name, each in times.items():
-        wall, cpu_seconds = zip(*each[1:], strict=True)
-        medians[name] = statistics.median(wall), statistics.median(cpu_seconds)
-    return medians
+            if turn:
+                times[name].append((float(slowest[0]), float(total[1])))
+    return {n: (median(wall for wall, _ in each), median(cpu for _, cpu in each)) for n, each in times.items()}

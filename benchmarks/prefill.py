@@ -25,8 +25,9 @@ import httpx
 import matplotlib
 from tqdm import tqdm
 
-from benchmarks import prefill_peers as peers
+from benchmarks import peers
 from benchmarks.launched import LaunchedServer
+from benchmarks.prefill_peers import NAMES, Peer, matrix_rate, model_flops, write_model
 from server import loadtest
 from server.arguments import STRATEGIES
 from sp_backend.models.config import ModelConfig
@@ -73,17 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(reason)
     with contextlib.ExitStack() as stack:
         flags, model = args.server_args, None
-        libraries: dict[str, LaunchedServer | peers.Peer] = {}
+        libraries: dict[str, LaunchedServer | Peer] = {}
         if args.compare == "peers":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            model = peers.write_model(folder)
+            model = write_model(folder)
             flags = ["--model-path", str(folder), *flags]
-            libraries = {f"{name}, 2 threads": stack.enter_context(peers.Peer(name, folder)) for name in peers.NAMES}
+            libraries = {f"{name}, 2 threads": stack.enter_context(Peer(name, folder)) for name in NAMES}
         servers = {
             label: stack.enter_context(LaunchedServer(*setup, *flags)) for label, setup in SETUPS[args.compare].items()
         }
         rates: Rates = {n: [] for n in args.lengths}
-        before = (lambda n: rates[n].append(peers.matrix_rate())) if model else (lambda n: None)
+        before = (lambda n: rates[n].append(matrix_rate())) if model else (lambda n: None)
         times = measure({**servers, **libraries}, args.lengths, repeats, args.long, before)
         ranks = {label: sharding(server) for label, server in servers.items()}
     report(times, ranks)
@@ -110,7 +111,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def measure(
-    servers: Mapping[str, LaunchedServer | peers.Peer],
+    servers: Mapping[str, LaunchedServer | Peer],
     lengths: Sequence[int],
     repeats: int,
     long: int,
@@ -126,9 +127,9 @@ def measure(
     return times
 
 
-def time_to_first_token(server: LaunchedServer | peers.Peer, prompt_tokens: int, seed: int) -> float:
+def time_to_first_token(server: LaunchedServer | Peer, prompt_tokens: int, seed: int) -> float:
     """Seconds of one request on an idle server, by the load test; of a library, by its own clock."""
-    if isinstance(server, peers.Peer):
+    if isinstance(server, Peer):
         return server.time_to_first_token(prompt_tokens, seed)
     with tempfile.TemporaryDirectory() as folder, silence():
         file = Path(folder) / "out.json"
@@ -179,7 +180,7 @@ def report_efficiency(times: Times, rates: Rates, model: ModelConfig) -> None:
     label = next(iter(next(iter(times.values()))))
     for length, row in times.items():
         rate, seconds = statistics.median(rates[length]), statistics.median(row[label])
-        share = peers.model_flops(model, length) / seconds / (2 * rate)
+        share = model_flops(model, length) / seconds / (2 * rate)
         print(f"{label}, {length} tokens: {share:.1%} of two cores' matrix rate ({rate / 1e9:.0f} GFLOP/s each)")
 
 
@@ -198,7 +199,7 @@ def as_json(
         "command": " ".join(sys.orig_argv),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "peers": peers.versions() if args.compare == "peers" else {},
+        "peers": peers.versions("torch", *NAMES) if args.compare == "peers" else {},
         "server_args": args.server_args,
         "matrix_flops_per_core": rates,
         "ttft_seconds": times,

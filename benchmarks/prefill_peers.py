@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.launched import ROOT
+from benchmarks.peers import PYTHON
 from sp_backend.models.config import ModelConfig
 from sp_backend.models.weights import fill_dummy, tensor_specs
 from sp_backend.parallel import Shard
 
-PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 NAMES = ("transformers",)
 SHAPE: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -87,11 +87,6 @@ class Peer:
         return self._process.stdout.readline().strip()
 
 
-def missing() -> str | None:
-    """Why the peers cannot run, if they cannot."""
-    return None if PYTHON.exists() else f"{PYTHON} is missing: make bench-peers"
-
-
 def model_flops(model: ModelConfig, tokens: int) -> float:
     """Of one prefill: matrix products of all tokens, the pairs that causal attention sees, one row of logits."""
     attention = 4 * model.num_heads * model.head_dim * tokens * (tokens + 1) / 2
@@ -115,11 +110,3 @@ def _seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries in the peers' environment."""
-    packages = ("torch", "transformers")
-    code = f"import importlib.metadata as m; print(*(f'{{n}}={{m.version(n)}}' for n in {packages}))"
-    done = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    return dict(word.split("=") for word in done.stdout.split())
