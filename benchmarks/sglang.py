@@ -4,7 +4,8 @@
 
 Every rank is a process with SGLang's pools and its zigzag strategy (no server: a layer's attention, with the exchange
 of keys and their writing to the pool). Per rank: bytes sent; seconds, the slowest rank's best of some repeats; and peak
-extra memory, by which the process's resident set rose above what it was before the call.
+extra memory, by which the process's resident set rose above what it was before the first call. Results that the JSON
+file holds already stay, but for those measured again, so that lengths and backends can be measured one by one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from sp_backend.native import choose_kernel
 from tests.ranks import RankPool
 
 ALL_GATHER = "all_gather_for_tests"
@@ -33,44 +38,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    results = []
-    for length in args.lengths:
-        for backend in args.backends:
-            pool = RankPool(args.ranks)  # fresh processes, so that no memory was grown before
-            try:
-                ranks = pool.run(measure, (backend, length, args.repeats), timeout=3600)
-            finally:
-                pool.close()
-            result = {
-                "backend": backend,
-                "tokens": length,
-                "ranks": args.ranks,
-                "seconds": max(r["seconds"] for r in ranks),
-                "bytes_sent": [r["bytes_sent"] for r in ranks],
-                "peak_extra_bytes": [r["peak_extra_bytes"] for r in ranks],
-            }
-            results.append(result)
-            print(show(result), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"sizes": SIZES, "dtype": "float32", "results": results}, indent=1) + "\n")
+    torch.set_num_threads(1)
+    results = json.loads(args.json.read_text())["results"] if args.json and args.json.exists() else []
+    cells = [(length, backend) for length in args.lengths for backend in args.backends]
+    for length, backend in tqdm(cells, desc="Attention inside SGLang", disable=None):
+        result = measure_cell(backend, length, args.ranks, args.repeats)
+        results = [r for r in results if not same_cell(r, result)] + [result]
+        tqdm.write(show(result))
+        if args.json:
+            about = {"sglang": version("sglang"), "torch": version("torch"), "sizes": SIZES, "dtype": "float32"}
+            args.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+
+
+def measure_cell(backend: str, tokens: int, ranks: int, repeats: int) -> dict[str, Any]:
+    pool = RankPool(ranks)  # fresh processes, so that no memory was grown before
+    try:
+        found = pool.run(measure, (backend, tokens, repeats), timeout=3600)
+    finally:
+        pool.close()
+    return {
+        "backend": backend,
+        "tokens": tokens,
+        "ranks": ranks,
+        "date": date.today().isoformat(),
+        "kernel": choose_kernel()[0],
+        "seconds": max(r["seconds"] for r in found),
+        "bytes_sent": [r["bytes_sent"] for r in found],
+        "peak_extra_bytes": [r["peak_extra_bytes"] for r in found],
+        "plan": found[0]["plan"],
+    }
+
+
+def same_cell(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(a[name] == b[name] for name in ("backend", "tokens", "ranks"))
 
 
 def show(result: dict[str, Any]) -> str:
     sent, extra = (max(result[name]) / 1e6 for name in ("bytes_sent", "peak_extra_bytes"))
     return (
-        f"{result['backend']:22} {result['tokens']:>7} tokens: {result['seconds']:8.3f} s, "
-        f"sent {sent:8.1f} MB, peak extra {extra:8.1f} MB (largest of the ranks)"
+        f"{result['backend']:22} {result['tokens']:>7} tokens over {result['ranks']}: {result['seconds']:8.3f} s, "
+        f"sent {sent:8.1f} MB, peak extra {extra:8.1f} MB (largest of the ranks), {result['plan']}"
     )
 
 
-def measure(rank: int, size: int, name: str, length: int, repeats: int) -> dict[str, float]:
+def measure(rank: int, size: int, name: str, length: int, repeats: int) -> dict[str, Any]:
     """One layer on one rank. The first call, of a short prompt, opens connections and loads code."""
-    from tests.sglang.pools import Prompt, prepared
+    from tests.sglang.pools import Prompt, logged, prepared
+    from tests.sglang.reports import read_reports
 
     times, sent, peaks = [], 0, []
     with prepared(rank, size, name, [Prompt(64)], **SIZES) as run:
         run()
-    with prepared(rank, size, name, [Prompt(length)], **SIZES) as run:
+    with prepared(rank, size, name, [Prompt(length)], **SIZES) as run, logged() as lines:
         for _ in range(repeats):
             before, since = run.bytes_sent, time.perf_counter()
             with PeakMemory() as memory:
@@ -78,7 +97,8 @@ def measure(rank: int, size: int, name: str, length: int, repeats: int) -> dict[
             times.append(time.perf_counter() - since)
             sent = run.bytes_sent - before
             peaks.append(memory.extra)
-    return {"seconds": min(times), "bytes_sent": sent, "peak_extra_bytes": peaks[0]}
+    plans = {report.plan for report in read_reports("\n".join(lines))} or {"all-gather of SGLang"}
+    return {"seconds": min(times), "bytes_sent": sent, "peak_extra_bytes": peaks[0], "plan": plans.pop()}
 
 
 class PeakMemory:
@@ -100,5 +120,4 @@ def _status(name: str) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

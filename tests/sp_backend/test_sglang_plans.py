@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sp_backend.config import AUTO
 from sp_backend.cost import ModelShape
-from sp_backend.geometry import Geometry
+from sp_backend.geometry import Geometry, predicted_bytes
 from sp_backend.layout import KV, Block
+from sp_backend.sglang_plugin import plans as group_plans
 from sp_backend.sglang_plugin.plans import CANDIDATES, GroupPlans, without_copies
 from sp_backend.sglang_plugin.rows import CPRows
 from sp_backend.strategies import plan_for
 from sp_backend.transport.lockstep import LockstepNetwork
+from tests.sp_backend.machines import mesh
 
 SHAPE = ModelShape(num_heads=4, num_kv_heads=2, head_dim=8, itemsize=4)
 KEY = 2 * SHAPE.num_kv_heads * SHAPE.head_dim * SHAPE.itemsize  # bytes of a token's keys and values
@@ -54,6 +59,25 @@ def test_without_copies_a_plan_is_what_it_is_for_a_sharded_cache() -> None:
         )
         needed = {t for r in without_copies(copying).rounds for t in r.transfers if t.block.operand == KV}
         assert needed == {t for r in sharded.rounds for t in r.transfers if t.block.operand == KV and t.block.chunk < 6}
+
+
+def test_auto_costs_the_keys_that_are_only_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Over links so slow that nothing else counts, no candidate is predicted to take less than all that it sends."""
+    bandwidth, tokens = 1e6, 400  # bytes/s
+    monkeypatch.setattr(group_plans, "machine_of", lambda *_: mesh(2, bandwidth=bandwidth))
+    monkeypatch.setattr(group_plans, "gather_bytes", lambda _, data: [data])
+    geometry = Geometry([[tokens] * 4 + [0] * 2])
+    auto = GroupPlans(AUTO, LockstepNetwork(2).rank(0), SHAPE, torch.float32, 1.0)
+    with caplog.at_level(logging.INFO):
+        auto.prepare(geometry)
+    predicted = {name: float(ms) / 1e3 for name, ms in re.findall(r"(\w+) ([\d.e+]+) ms", caplog.text)}
+    assert set(predicted) == set(CANDIDATES)
+    for name, seconds in predicted.items():
+        plan = plan_for(name, num_ranks=2, num_heads=4, num_kv_heads=2, kind="zigzag", copies=True)
+        rounds = predicted_bytes(plan, geometry, SHAPE.head_dim, SHAPE.itemsize)
+        assert seconds > 0.99 * sum(links.get((0, 1), 0) for links in rounds) / bandwidth
 
 
 def test_rows_of_a_ragged_batch() -> None:
