@@ -91,12 +91,14 @@ def _tokens_by_rank(chunk: Chunk, placement: Placement) -> list[bytes]:
 
 
 def sampling_of(sequence: Sequence) -> Sampling:
-    """The request's sampling with what depends on the tokens so far: banned stop tokens, context of penalties."""
+    """The request's sampling, with what depends on its tokens so far: banned stop tokens and context."""
     request = sequence.request
     sampling = request.sampling
     if sequence.num_generated < request.min_tokens and request.stop_token_ids:
         banned = sorted(request.stop_token_ids.union(sampling.banned))
         sampling = msgspec.structs.replace(sampling, banned=banned)
-    if sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0:
+    if sampling.penalizes:
         sampling = msgspec.structs.replace(sampling, context=sequence.tokens.tobytes(), num_prompt=sequence.num_prompt)
+    elif sampling.grammar is not None:  # a long prompt would be sent with every token
+        sampling = msgspec.structs.replace(sampling, context=sequence.tokens[sequence.num_prompt :].tobytes())
     return sampling

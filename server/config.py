@@ -294,6 +294,7 @@ def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context
         num_pages = -(-args.max_total_tokens // (args.page_size * args.sp_size))
     return BackendConfig(
         model_path=str(folder),
+        tokenizer_path=args.tokenizer_path,
         dtype=dtype,
         load_format=args.load_format,
         tp_size=args.tp_size,

@@ -16,6 +16,7 @@ from server.generation import Job
 from server.openai_types import ChatRequest, CompletionRequest, Message, SamplingFields
 from server.prompts import PromptReader, in_thread_if_long
 from server.sampling import Decoding, SamplingReader
+from server.structured import read_grammar
 from server.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's
@@ -36,6 +37,7 @@ class JobReader:
         self._template = template
         self._max_request_tokens = max_request_tokens
         vocab_size = config.model.vocab_size
+        self._has_eos = bool(config.model.eos_ids)
         self._prompts = PromptReader(tokenizer, vocab_size)
         self._sampling = SamplingReader(vocab_size, config.model.eos_ids, config.text.sampling_defaults)
 
@@ -47,7 +49,7 @@ class JobReader:
             raise invalid("echo together with logprobs is not supported.", "logprobs")
         if body.suffix:
             raise invalid("suffix is not supported.", "suffix")
-        decoding = self._sampling.read(body, body.logprobs, body.max_tokens)
+        decoding = await self._decoding(body, body.logprobs, body.max_tokens)
         prompts = await self._prompts.read(body.prompt)
         default = max(DEFAULT_MAX_TOKENS, decoding.min_tokens)
         job = self._job("cmpl", body, [prompt.ids for prompt in prompts], decoding, default, explain)
@@ -64,7 +66,7 @@ class JobReader:
         if body.tools and body.tool_choice != "none":
             raise invalid("tools are not supported: the answer would not be parsed for calls.", "tools")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        decoding = self._sampling.read(body, logprobs, body.max_completion_tokens or body.max_tokens)
+        decoding = await self._decoding(body, logprobs, body.max_completion_tokens or body.max_tokens)
         ids = await self.chat_ids(
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False,
@@ -88,6 +90,10 @@ class JobReader:
         if not ids:
             raise invalid("messages cannot be empty.", "messages")
         return ids
+
+    async def _decoding(self, body: SamplingFields, logprobs: int | None, max_tokens: int | None) -> Decoding:
+        grammar = await read_grammar(body, self._has_eos)
+        return self._sampling.read(body, logprobs, max_tokens, grammar)
 
     def check_model(self, name: str | None) -> None:
         if name and name != "default" and name not in self._names:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from server.structured import ResponseFormat, StructuredOutputs
+
 TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 PROMPT_SCHEMA = {
     "anyOf": [
@@ -57,7 +59,11 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structured_outputs: StructuredOutputs | None = None
     rid: str | None = None
     user: str | None = None
 

@@ -34,8 +34,11 @@ class SamplingReader:
         self._eos_ids = frozenset(eos_ids)
         self._defaults = defaults
 
-    def read(self, request: SamplingFields, logprobs: int | None, max_tokens: int | None) -> Decoding:
-        _refuse_unsupported(request)
+    def read(
+        self, request: SamplingFields, logprobs: int | None, max_tokens: int | None, grammar: str | None
+    ) -> Decoding:
+        if request.stream_options is not None and not request.stream:
+            raise invalid("stream_options needs stream: true.", "stream_options")
         min_tokens = request.min_tokens or 0
         if max_tokens is not None and min_tokens > max_tokens:
             raise invalid(f"min_tokens {min_tokens} is more than max_tokens {max_tokens}.", "min_tokens")
@@ -43,7 +46,7 @@ class SamplingReader:
         if any(token >= self._vocab_size for token in stop_ids):
             raise invalid(f"stop_token_ids: out of vocabulary (size {self._vocab_size}).", "stop_token_ids")
         return Decoding(
-            sampling=self._sampling(request, logprobs),
+            sampling=self._sampling(request, logprobs, grammar),
             text=TextOptions(
                 stops=_stops(request.stop),
                 include_stop=bool(request.include_stop_str_in_output),
@@ -57,7 +60,7 @@ class SamplingReader:
             n=request.n or 1,
         )
 
-    def _sampling(self, request: SamplingFields, logprobs: int | None) -> Sampling:
+    def _sampling(self, request: SamplingFields, logprobs: int | None, grammar: str | None) -> Sampling:
         seed = secrets.randbits(62) if request.seed is None else request.seed % 2**63
         return Sampling(
             temperature=self._default(request.temperature, "temperature", 1.0),
@@ -70,6 +73,7 @@ class SamplingReader:
             repetition_penalty=self._default(request.repetition_penalty, "repetition_penalty", 1.0),
             logit_bias=self._logit_bias(request.logit_bias or {}),
             logprobs=logprobs,
+            grammar=grammar,
         )
 
     def _default(self, given: float | None, name: str, otherwise: float) -> float:
@@ -88,12 +92,3 @@ class SamplingReader:
 def _stops(given: str | list[str] | None) -> list[str]:
     stops = [given] if isinstance(given, str) else given or []
     return [stop for stop in stops if stop]  # clients send "" for "none"
-
-
-def _refuse_unsupported(request: SamplingFields) -> None:
-    """A field that changes the answer must not be ignored."""
-    kind = (request.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise invalid(f"response_format {kind!r} is not supported; only 'text' is.", "response_format")
-    if request.stream_options is not None and not request.stream:
-        raise invalid("stream_options needs stream: true.", "stream_options")

@@ -44,8 +44,13 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     logit_bias: dict[int, float] = {}
     banned: list[int] = []  # never sampled (end-of-sequence before min_tokens)
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely ones'
-    context: bytes = b""  # int32 prompt + output ids, only if a penalty needs them; the last may be UNKNOWN
+    grammar: str | None = None  # llguidance's; what the output must match
+    context: bytes = b""  # int32 ids that a penalty (prompt + output) or the grammar needs; the last may be UNKNOWN
     num_prompt: int = 0  # how many of `context` are prompt
+
+    @property
+    def penalizes(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
 
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):

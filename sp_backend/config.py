@@ -21,6 +21,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model_path: str
+    tokenizer_path: str | None = None  # folder of tokenizer.json, for grammars; None: model_path
     dtype: str  # one of DTYPES
     device: str = "cpu"
     load_format: str = "auto"  # auto | dummy

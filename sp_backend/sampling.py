@@ -26,12 +26,21 @@ class Sample(NamedTuple):
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[Sample]:
-    """One token per row of logits [rows, vocab] in fp32; positions are those of the tokens to be drawn."""
+def sample(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    allowed: Sequence[Tensor | None] | None = None,
+) -> list[Sample]:
+    """One token per row of logits [rows, vocab] in fp32; positions are those of the tokens to be drawn.
+
+    allowed: for each row bool [vocab], what its grammar permits, or None.
+    """
     tokens: list[int] = logits.argmax(-1).tolist()
     samples = []
-    for row, token, sampling, position in zip(logits, tokens, samplings, positions, strict=True):
-        wanted = _adjust(row, sampling)
+    masks = [None] * len(tokens) if allowed is None else allowed
+    for row, token, sampling, position, mask in zip(logits, tokens, samplings, positions, masks, strict=True):
+        wanted = _adjust(row, sampling, mask)
         # NaN or infinite logits leave nothing to draw from; argmax still gives a token of the vocabulary
         if sampling.temperature >= LEAST_TEMPERATURE and bool(wanted.max().isfinite()):
             token = _draw(_probabilities(wanted, sampling), sampling.seed, position)
@@ -41,12 +50,12 @@ def sample(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[in
     return samples
 
 
-def _adjust(logits: Tensor, sampling: Sampling) -> Tensor:
+def _adjust(logits: Tensor, sampling: Sampling, allowed: Tensor | None) -> Tensor:
     """Penalties, then biases, then bans, on a copy; the same tensor if there are none. logits: [vocab]."""
-    if not (sampling.context or sampling.logit_bias or sampling.banned):
+    if not (sampling.context or sampling.logit_bias or sampling.banned or allowed is not None):
         return logits
     logits = logits.clone()
-    if sampling.context:
+    if sampling.context and sampling.penalizes:
         context = torch.frombuffer(bytearray(sampling.context), dtype=torch.int32)
         seen = torch.bincount(context, minlength=len(logits)).to(logits.device) > 0
         penalty = sampling.repetition_penalty
@@ -58,7 +67,13 @@ def _adjust(logits: Tensor, sampling: Sampling) -> Tensor:
         logits[biased] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
     if sampling.banned:
         logits[torch.tensor(sampling.banned, device=logits.device)] = -torch.inf
-    return logits
+    return logits if allowed is None else _masked(logits, allowed.to(logits.device))
+
+
+def _masked(logits: Tensor, allowed: Tensor) -> Tensor:
+    """A complete text may be followed by nothing but the stop tokens that min_tokens bans: the grammar wins."""
+    masked = logits.masked_fill(~allowed, -torch.inf)
+    return masked if bool(masked.max() > -torch.inf) else torch.where(allowed, 0.0, -torch.inf)
 
 
 def _probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

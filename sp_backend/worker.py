@@ -41,6 +41,7 @@ from sp_backend.commands import (
 )
 from sp_backend.config import BackendConfig
 from sp_backend.execute import Executor
+from sp_backend.grammars import Grammars
 from sp_backend.kernels import get_kernel
 from sp_backend.kv_cache import KVCache
 from sp_backend.layer import StepAttention
@@ -125,6 +126,7 @@ class Worker:
             windowed=any(model.windows),
             device=device,
         )
+        self._grammars = Grammars(config.tokenizer_path or config.model_path, model.vocab_size, model.eos_ids)
         self._drawn: dict[int, int] = {}  # in the previous step, on this rank: request id -> token
         pool = BufferPool(device)
         self._executors = {
@@ -160,6 +162,7 @@ class Worker:
     @torch.inference_mode()
     def forward(self, step: Step) -> tuple[LocalBatch, torch.Tensor]:
         """Lay the step out and run the model: this rank's rows and their hidden states [n, hidden]."""
+        self._grammars.forget(step.release)
         batch = self._builder.build(fill_in(step, self._drawn | self._moved(step.moved)))
         if not len(batch.tokens) and all(group.plan == LOCAL for group in step.groups):
             return batch, torch.empty(
@@ -198,7 +201,9 @@ class Worker:
         if not batch.samples:
             return []
         logits = self.decoder.logits(hidden[[row.row for row in batch.samples]])
-        samples = sample(logits, [row.sampling for row in batch.samples], [row.position for row in batch.samples])
+        samplings = [row.sampling for row in batch.samples]
+        allowed = [self._grammars.allowed(row.request_id, row.sampling) for row in batch.samples]
+        samples = sample(logits, samplings, [row.position for row in batch.samples], allowed)
         self._drawn = {row.request_id: drawn.token for row, drawn in zip(batch.samples, samples, strict=True)}
         if self._shard.group_rank != 0:
             return []

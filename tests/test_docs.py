@@ -65,7 +65,8 @@ def test_command(command: str, model: Path, server: LaunchedServer, tmp_path: Pa
         _serves(words + ["-o", f"{sys.prefix}/.serve", f"VENV={sys.prefix}"])
     elif words[0] == "curl":
         answer = subprocess.run([*words, "-fsS"], capture_output=True, text=True, timeout=60, check=True)
-        assert ('"object":"embedding"' if "/embeddings" in command else '"finish_reason":"length"') in answer.stdout
+        ending = '"finish_reason":"stop"' if "response_format" in command else '"finish_reason":"length"'
+        assert ('"object":"embedding"' if "/embeddings" in command else ending) in answer.stdout
     elif words[:3] == ["python", "-m", "server.launch"]:
         with LaunchedServer(*words[3:], "--oversubscribe") as launched:
             assert "ready to roll" in launched.output()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -104,6 +107,23 @@ def test_many_at_once_each_get_their_own_answer(model: Path, client: openai.Open
         model="default", prompt=prompts, max_tokens=5, temperature=0, extra_body={"ignore_eos": True}
     )
     assert [texts[i] for i in range(len(prompts))] == [choice.text for choice in together.choices]
+
+
+def test_structured_output_while_others_run_freely(model: Path, client: openai.OpenAI) -> None:
+    """The longer prompt is shared: the rank that draws changes with every page of 16 tokens."""
+    digits = {"type": "array", "items": {"enum": [1, 22, 333]}, "minItems": 20, "maxItems": 20}
+    wanted: dict[str, Any] = {"structured_outputs": {"json": digits}}
+    with ThreadPoolExecutor(1) as pool:
+        free = pool.submit(test_completion_equals_transformers, model, client)
+        for prompt in (PROMPT, PROMPT[:10]):
+            answer = client.completions.create(
+                model="default", prompt=prompt, max_tokens=700, n=2, temperature=1, seed=3, extra_body=wanted
+            )
+            for choice in answer.choices:
+                assert choice.finish_reason == "stop"
+                values = json.loads(choice.text)
+                assert len(values) == 20 and set(values) <= {1, 22, 333}
+        free.result(60)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,9 @@ class FakeWorkers:
         assert sampling is not None
         if sampling.repetition_penalty != 1.0:
             assert np.array_equal(np.frombuffer(sampling.context, "<i4"), history)
+        elif sampling.grammar is not None:
+            generated = np.frombuffer(sampling.context, "<i4")
+            assert np.array_equal(generated, history[len(history) - len(generated) :])
         else:
             assert not sampling.context
         token = next_token(history, sampling.banned, sampling.seed)

@@ -53,6 +53,16 @@ def test_penalties_see_the_token_of_the_step_before() -> None:
     assert harness.tokens["r"] == expected_tokens(PROMPT, 6)
 
 
+def test_a_grammar_sees_the_generated_tokens_alone() -> None:
+    """The workers compare them with what they have computed; a long prompt does not travel with every token."""
+    harness = make_harness()
+    harness.submit("r", PROMPT, 6, grammar="start: /.*/")
+    harness.run()
+    contexts = [part.sampling.context for step in range(6) for part in sent(harness, step) if part.sampling]
+    assert [len(context) // 4 for context in contexts] == [0, 1, 2, 3, 4, 5]
+    assert harness.tokens["r"] == expected_tokens(PROMPT, 6)
+
+
 def test_what_a_stop_token_ends_has_run_one_step_in_vain() -> None:
     harness, expected = make_harness(), expected_tokens(PROMPT, 5)
     harness.controller.submit(GenerateRequest("stops", PROMPT, 50, stop_token_ids=frozenset({expected[3]})))

@@ -84,7 +84,14 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream_options": 5, "stream": True}, "stream_options"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
+    ({"json_schema": "{"}, "json_schema"),
+    ({"regex": "(["}, "regex"),
+    ({"ebnf": "root ::= missing"}, "ebnf"),
+    ({"regex": "a", "response_format": {"type": "json_object"}}, "regex"),
+    ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice[0]"),
     ({"seed": "x"}, "seed"),
     ({"seed": 2**70}, "seed"),
 ]
@@ -186,7 +193,8 @@ JSON = st.recursive(
 FIELDS = (
     "prompt messages model max_tokens max_completion_tokens min_tokens temperature top_p top_k min_p seed n stop "
     "stop_token_ids ignore_eos presence_penalty repetition_penalty logit_bias logprobs top_logprobs echo best_of "
-    "stream stream_options response_format rid user tools tool_choice chat_template_kwargs continue_final_message "
+    "stream stream_options response_format json_schema regex ebnf structured_outputs rid user tools tool_choice "
+    "chat_template_kwargs continue_final_message "
     "input encoding_format dimensions"
 ).split()
 
