@@ -19,12 +19,13 @@ from server.requests import read_json
 from server.responses import json_response
 from server.service import Service
 from server.streaming import ClientGone, EventStream, until_disconnect
+from server.version import VERSION
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
 def create_app(service: Service) -> FastAPI:
-    app = FastAPI(title="sp-serve", version=control.VERSION, openapi_url="/openapi.json")
+    app = FastAPI(title="sp-serve", version=VERSION, openapi_url="/openapi.json")
     app.state.service = service
     app.include_router(router)
     app.include_router(control.router)

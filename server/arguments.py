@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from scheduler.config import SchedulerConfig
+from server.version import VERSION
 from sp_backend import strategies
 from sp_backend.commands import Pooling
 from sp_backend.config import AUTO, LAYOUTS
@@ -40,7 +41,10 @@ class _Parser(argparse.ArgumentParser):
 def token_count(text: str) -> int:
     """`128k` is 128,000 and `128K` is 131,072."""
     scale = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}.get(text[-1:], 1)
-    return int(float(text[:-1]) * scale) if scale > 1 else int(text)
+    try:
+        return int(float(text[:-1]) * scale) if scale > 1 else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, such as 4096 or 128k") from None
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,6 +62,7 @@ def _dashes(word: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     result = _Parser(prog="sp-serve", description="OpenAI-compatible server with sequence-parallel attention.")
+    result.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     _add_model(result.add_argument_group("model"))
     _add_http(result.add_argument_group("HTTP"))
     _add_parallel(result.add_argument_group("parallelism"))

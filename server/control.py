@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
@@ -18,11 +17,7 @@ from server.requests import read_json
 from server.responses import json_response
 from server.service import Service
 from server.streaming import until_disconnect
-
-try:
-    VERSION = version("sp-serve")
-except PackageNotFoundError:  # run from a checkout
-    VERSION = "0+unknown"
+from server.version import VERSION
 
 router = APIRouter(tags=["control"])
 Handler = Callable[[Request], Awaitable[Response]]

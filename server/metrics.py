@@ -128,10 +128,10 @@ class _SchedulerCollector(Collector):
             yield family
         last = stats.last_choice
         if last is not None:
-            labels = ["model_name", "plan", "reason"]
+            labels = ["model_name", "plan"]  # not the reason: its numbers would make a new series each time
             for name in ("predicted_seconds", "measured_seconds"):
                 gauge = GaugeMetricFamily(f"sp:last_choice_{name}", "Of the newest predicted step", labels=labels)
-                gauge.add_metric([self._model_name, last.plan, last.reason], getattr(last, name))
+                gauge.add_metric([self._model_name, last.plan], getattr(last, name))
                 yield gauge
 
     def _ranks(self, stats: Stats) -> Iterable[Metric]:

@@ -64,11 +64,18 @@ def test_names_that_users_type(words: str, name: str, value: object) -> None:
     assert getattr(parse(words.split()), name) == value
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ending:
+        parse(["--version"])
+    assert ending.value.code == 0 and capsys.readouterr().out.startswith("sp-serve ")
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
         ("--sp-size 16", ["--sp-size 16", "--tp-size 1", "16 cores", "12", "--oversubscribe"]),
         ("--sp-size 0", ["--sp-size 0", "at least 1"]),
+        ("--max-total-tokens lots", ["--max-total-tokens", "'lots'", "4096 or 128k"]),
         ("--tp-size 3", ["--tp-size 3", "12 query heads", "4 KV heads"]),
         ("--sp-size 5 --sp-layout heads", ["--sp-size 5", "--sp-layout heads", "12 query heads"]),
         ("--sp 2 --sp-strategy sharded_q", ["--sp-strategy sharded_q", "--sp-layout tokens", "ring_pass_kv"]),
