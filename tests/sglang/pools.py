@@ -50,12 +50,13 @@ class Memory:
         num_kv_heads: int = KV_HEADS,
         head_dim: int = HEAD_DIM,
         num_layers: int = LAYERS,
+        dtype: torch.dtype = torch.float32,
     ) -> Memory:
         pages = [-(-n // page_size) for n in lengths]
         size = (sum(pages) + 3) * page_size
         requests = ReqToTokenPool(len(lengths), max(lengths) + 1, "cpu", enable_memory_saver=False)
         tokens = MHATokenToKVPool(
-            size, page_size, torch.float32, num_kv_heads, head_dim, num_layers, "cpu", enable_memory_saver=False
+            size, page_size, dtype, num_kv_heads, head_dim, num_layers, "cpu", enable_memory_saver=False
         )
         order = (1 + torch.randperm(sum(pages) + 2, generator=generator)).split([*pages, sum(pages) + 2 - sum(pages)])
         for i, n in enumerate(lengths):
@@ -98,7 +99,7 @@ def runner_of(memory: Memory, layers: Sequence[RadixAttention], name: str) -> An
     )
     return SimpleNamespace(
         device="cpu",
-        dtype=torch.float32,
+        dtype=memory.tokens.dtype,
         model=torch.nn.ModuleList(layers),
         model_config=config,
         req_to_token_pool=memory.requests,
@@ -159,25 +160,30 @@ def logged() -> Iterator[list[str]]:
 
 
 def compare(
-    rank: int, size: int, name: str, prompts: Sequence[Prompt], page_size: int
+    rank: int, size: int, name: str, prompts: Sequence[Prompt], page_size: int, dtype: torch.dtype
 ) -> tuple[dict[str, float], list[Report]]:
-    """Differences between a backend and torch_native: outputs of a prefill and of a decoding step, and the pools."""
+    """Differences between a backend and torch_native: outputs of a prefill and of a decoding step, and the pools.
+
+    dtype: of the backend's inputs, outputs and pool. torch_native has the same numbers in float32.
+    """
     load_plugins()
     with parallel(rank, size), logged() as lines, torch.inference_mode():
         lengths = [p.cached + p.new + 1 for p in prompts]
         generator = torch.Generator().manual_seed(0)  # the same on all ranks
         layers = [RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, layer_id=i) for i in range(LAYERS)]
         ours, theirs = (
-            Memory.make(lengths, page_size, torch.Generator().manual_seed(seed)) for seed in (1, 2)
+            Memory.make(lengths, page_size, torch.Generator().manual_seed(seed), dtype=kind)
+            for seed, kind in ((1, dtype), (2, torch.float32))
         )  # slots differ
         backend = ATTENTION_BACKENDS[name](runner_of(ours, layers, name))
         oracle = ATTENTION_BACKENDS["torch_native"](runner_of(theirs, layers, name))
         worst = {"extend": 0.0, "decode": 0.0, "pool": 0.0}
         for layer in layers:  # the cached tokens
             for i, p in enumerate(prompts):
-                k, v = torch.randn(2, p.cached, KV_HEADS, HEAD_DIM, generator=generator)
+                k, v = torch.randn(2, p.cached, KV_HEADS, HEAD_DIM, generator=generator).to(dtype)
                 for memory in (ours, theirs):
-                    memory.tokens.set_kv_buffer(layer, KVWriteLoc(memory.slots(i, 0, p.cached)), k, v)
+                    own = memory.tokens.dtype
+                    memory.tokens.set_kv_buffer(layer, KVWriteLoc(memory.slots(i, 0, p.cached)), k.to(own), v.to(own))
         for step, make in {"extend": extend, "decode": decode}.items():
             batch, whole = make(ours, prompts), make(theirs, prompts)
             sharded = is_cp_active(batch)
@@ -187,14 +193,14 @@ def compare(
             oracle.init_forward_metadata(whole)
             for layer in layers:
                 rows = len(whole.input_ids)
-                q = torch.randn(rows, HEADS * HEAD_DIM, generator=generator) * 2
-                k, v = torch.randn(2, rows, KV_HEADS, HEAD_DIM, generator=generator)
-                expected = oracle.forward(q, k, v, layer, whole)
+                q = (torch.randn(rows, HEADS * HEAD_DIM, generator=generator) * 2).to(dtype)
+                k, v = torch.randn(2, rows, KV_HEADS, HEAD_DIM, generator=generator).to(dtype)
+                expected = oracle.forward(q.float(), k.float(), v.float(), layer, whole)
                 if sharded:
                     cut = [get_cp_strategy().shard_hidden_states(x, batch) for x in (q, k, v, expected)]
                     q, k, v, expected = cut
                 out = backend.forward(q, k, v, layer, batch)
-                assert out.shape == expected.shape
+                assert out.shape == expected.shape and out.dtype == dtype
                 worst[step] = max(worst[step], float((out - expected).abs().max()))
         for layer in layers:
             for i, n in enumerate(lengths):

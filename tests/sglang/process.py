@@ -31,6 +31,9 @@ def start(arguments: Sequence[str], env: Mapping[str, str], log: Path, *, import
 
 
 def _become(arguments: list[str], env: dict[str, str], log: Path, imported: bool) -> None:
+    from sglang.srt.utils import kill_itself_when_parent_died
+
+    kill_itself_when_parent_died()  # as SGLang's ranks do: no server outlives the tests, whatever ends them
     os.setsid()
     for output in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), output)

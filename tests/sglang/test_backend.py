@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.ranks import run_on_ranks
 from tests.sglang.pools import LAYERS, Prompt, compare
@@ -24,7 +25,8 @@ def test_prefill_and_decoding_equal_torch_native_on_every_rank(
 ) -> None:
     prompts = BATCHES[batch]
     kept = 0.0
-    for rank, (differences, reports) in enumerate(run_on_ranks(size, compare, name, prompts, page_size, timeout=280)):
+    answers = run_on_ranks(size, compare, name, prompts, page_size, torch.float32, timeout=280)
+    for rank, (differences, reports) in enumerate(answers):
         assert max(differences.values()) <= 1e-5
         if batch == "short":
             assert not reports
@@ -36,3 +38,10 @@ def test_prefill_and_decoding_equal_torch_native_on_every_rank(
         assert report.kept < report.sent
         kept += report.kept
     assert (kept > 0) == (batch != "short")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_as_near_as_its_outputs_are_rounded(name: str) -> None:
+    """Outputs reach about 4, where bfloat16 rounds by at most 1/128; states that travel are rounded once more."""
+    for differences, _ in run_on_ranks(2, compare, name, BATCHES["cached"], 1, torch.bfloat16, timeout=280):
+        assert max(differences["extend"], differences["decode"]) <= 2 / 128 and differences["pool"] == 0
