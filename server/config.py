@@ -1,33 +1,25 @@
-"""What the command line means: frozen values, every `auto` decided once, wrong combinations refused.
-
-`resolve` runs before any worker or port exists, so that a mistake costs a second and one line.
-"""
+"""What the command line means: frozen values, every `auto` decided once, wrong combinations refused (checks.py)."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from scheduler.config import SchedulerConfig
-from server.arguments import DEFAULT_MODEL, OFF, STRATEGIES, UsageError, parse
+from server import checks, machine
+from server.arguments import DEFAULT_MODEL, OFF, UsageError, parse
 from sp_backend.catalog import ITEMSIZE
 from sp_backend.commands import Pooling
 from sp_backend.config import AUTO, BackendConfig
-from sp_backend.layout import CAUSAL, FULL
-from sp_backend.models.config import ModelConfig, check_parallel
+from sp_backend.models.config import ModelConfig
 from sp_backend.models.pooling_config import read_pooling
 from sp_backend.native import choose_kernel
-from sp_backend.strategies import FLAGS, Options, Variant, plan_for
-from sp_backend.strategies.mapping import read_cycles
-from sp_backend.topology import load_machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +101,8 @@ def resolve(args: argparse.Namespace) -> ServerConfig:
     if not folder.is_dir():
         raise UsageError(f"--model-path {args.model_path}: no such folder (models are local Hugging Face folders)")
     model = ModelConfig.load(folder)
-    _check_numbers(args)
-    _check_parallel(args, model)
+    checks.check(args, model)
     context_length = args.context_length or model.max_position_embeddings
-    if context_length > model.max_position_embeddings:
-        raise UsageError(
-            f"--context-length {context_length} is longer than the {model.max_position_embeddings} positions "
-            f"the model was made for"
-        )
     return ServerConfig(
         http=_http(args, folder),
         text=_text(args, folder),
@@ -126,119 +112,8 @@ def resolve(args: argparse.Namespace) -> ServerConfig:
         pooling=(read_pooling(folder) or "last") if args.pooling == AUTO else args.pooling,
         drain_timeout=args.drain_timeout,
         warmup=not args.skip_server_warmup,
-        warnings=tuple(_warnings(args)),
+        warnings=tuple(checks.warnings_of(args)),
     )
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    at_least_one = "sp_size tp_size page_size threads_per_rank max_running_requests max_total_tokens context_length"
-    for name in at_least_one.split():
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
-    not_negative = "sp_threshold max_queued_requests drain_timeout sse_keepalive_interval random_seed"
-    for name in not_negative.split():
-        value = getattr(args, name)
-        if value is not None and not value >= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must not be negative")
-    for name in ("watchdog_timeout", "dist_timeout", "max_prefill_seconds"):
-        if not getattr(args, name) > 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    if not 0 < args.mem_fraction_static < 1:
-        raise UsageError(f"--mem-fraction-static {args.mem_fraction_static}: must lie between 0 and 1")
-    if not 0 <= args.port < 65536:
-        raise UsageError(f"--port {args.port}: must lie between 0 and 65535")
-    if args.chunked_prefill_size != -1 and args.chunked_prefill_size < args.page_size:
-        raise UsageError(
-            f"--chunked-prefill-size {args.chunked_prefill_size}: -1 (off) or at least "
-            f"--page-size {args.page_size} is needed"
-        )
-
-
-def _check_parallel(args: argparse.Namespace, model: ModelConfig) -> None:
-    if args.device not in ("auto", "cpu"):
-        raise UsageError(f"--device {args.device} is not supported; this version runs on cpu")
-    world, cores = args.sp_size * args.tp_size, num_cores()
-    if world > cores and not args.oversubscribe:
-        raise UsageError(
-            f"--sp-size {args.sp_size} x --tp-size {args.tp_size} needs {world} cores, this machine has {cores} "
-            f"(--oversubscribe runs it nevertheless, slowly)"
-        )
-    fitting = (AUTO, *STRATEGIES[args.sp_layout], *([OFF] if args.sp_layout == "tokens" else []))
-    if args.sp_strategy not in fitting:
-        raise UsageError(
-            f"--sp-strategy {args.sp_strategy} does not run with --sp-layout {args.sp_layout}; "
-            f"that layout has: {', '.join(fitting)}"
-        )
-    if args.sp_redundant_kv and args.sp_layout != "heads":
-        raise UsageError("--sp-redundant-kv needs --sp-layout heads")
-    check_parallel(model, args.tp_size, args.sp_size, args.sp_layout)
-    _check_mask(args, model)
-    _check_strategy(args, model)
-
-
-def _is_causal(args: argparse.Namespace, model: ModelConfig) -> bool:
-    return model.causal if args.sp_mask == AUTO else args.sp_mask == CAUSAL
-
-
-def _check_mask(args: argparse.Namespace, model: ModelConfig) -> None:
-    windows = [window for window in model.windows if window is not None]
-    if windows and not _is_causal(args, model):
-        asked = "--sp-mask full" if args.sp_mask == FULL else "is_causal: false in config.json"
-        raise UsageError(
-            f"{asked}: {len(windows)} of the model's layers have a sliding window (sliding_window: {windows[0]}), "
-            f"which is supported with a causal mask alone; use --sp-mask causal, or a checkpoint without windows"
-        )
-
-
-def _check_strategy(args: argparse.Namespace, model: ModelConfig) -> None:
-    """Builds and proves the named plan: whatever does not fit is known before a worker starts."""
-    options = _options(args)
-    if args.sp_strategy in (AUTO, OFF):
-        for name in options.given():
-            raise UsageError(f"{FLAGS[name]} needs a --sp-strategy that takes it, not {args.sp_strategy}")
-        if args.sp_strategy == OFF and args.sp_threshold is not None:
-            raise UsageError("--sp-threshold has no meaning with --sp-strategy off: no prompt is shared")
-    elif args.sp_size > 1:
-        try:
-            plan_for(
-                Variant(args.sp_strategy, options),
-                num_ranks=args.sp_size,
-                num_heads=model.num_heads // args.tp_size,
-                num_kv_heads=model.num_kv_heads // args.tp_size,
-                causal=_is_causal(args, model),
-                redundant_kv=args.sp_redundant_kv,
-            )
-        except ValueError as error:
-            raise UsageError(f"--sp-strategy {args.sp_strategy} --sp-size {args.sp_size}: {error}") from error
-
-
-def _options(args: argparse.Namespace) -> Options:
-    return Options(
-        window_size=args.sp_window_size,
-        ulysses_degree=args.sp_ulysses_degree,
-        num_rings=args.sp_num_rings,
-        cycles=None if args.sp_mapping is None else read_cycles(args.sp_mapping),
-    )
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _warnings(args: argparse.Namespace) -> list[str]:
-    result = []
-    if args.attention_backend == AUTO and choose_kernel()[0] != "native":
-        result.append(f"--attention-backend auto: torch_cpu, which is slower: {choose_kernel()[1]}")
-    if args.sp_size == 1:
-        unused = {
-            "--sp-strategy": args.sp_strategy != AUTO,
-            "--sp-redundant-kv": args.sp_redundant_kv,
-            "--sp-overlap": args.sp_overlap != AUTO,
-            "--sp-topology": args.sp_topology is not None,
-        }
-        result += [f"{flag} has no effect with --sp-size 1" for flag, given in unused.items() if given]
-    return result
 
 
 def _http(args: argparse.Namespace, folder: Path) -> HttpConfig:
@@ -285,8 +160,6 @@ def _sampling_defaults(folder: Path) -> dict[str, float]:
 def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context_length: int) -> BackendConfig:
     world = args.sp_size * args.tp_size
     dtype = _dtype(args.dtype, model.dtype)
-    if args.sp_topology is not None:
-        _check_topology(args)
     num_pages = kv_memory = None
     if args.max_total_tokens is None:
         kv_memory = _kv_memory(args, model, ITEMSIZE[dtype])
@@ -301,34 +174,20 @@ def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context
         sp_size=args.sp_size,
         layout=args.sp_layout,
         strategy=AUTO if args.sp_strategy == OFF else args.sp_strategy,
-        options=_options(args),
+        options=checks.strategy_options(args),
         overlap=args.sp_overlap != "off",
         topology=args.sp_topology,
-        causal=_is_causal(args, model),
+        causal=checks.is_causal(args, model),
         redundant_kv=args.sp_redundant_kv,
         kernel=_kernel(args.attention_backend),
         page_size=args.page_size,
         num_pages=num_pages,
         kv_memory_bytes=kv_memory,
         context_length=context_length,
-        num_threads=args.threads_per_rank or max(1, num_cores() // world),
+        num_threads=args.threads_per_rank or max(1, machine.num_cores() // world),
         seed=args.random_seed,
         dist_timeout=args.dist_timeout,
     )
-
-
-def _kernel(asked: str) -> str:
-    name, why = choose_kernel() if asked in (AUTO, "native") else (asked, "")
-    if asked == "native" != name:
-        raise UsageError(f"--attention-backend native: {why}")
-    return name
-
-
-def _check_topology(args: argparse.Namespace) -> None:
-    try:
-        load_machine(args.sp_topology, args.sp_size)
-    except ValueError as error:
-        raise UsageError(f"--sp-topology {args.sp_topology}: {error}") from error
 
 
 def _scheduler(args: argparse.Namespace, context_length: int) -> SchedulerConfig:
@@ -343,17 +202,15 @@ def _scheduler(args: argparse.Namespace, context_length: int) -> SchedulerConfig
     )
 
 
+def _kernel(asked: str) -> str:
+    return choose_kernel()[0] if asked in (AUTO, "native") else asked
+
+
 def _dtype(asked: str, of_checkpoint: str) -> str:
     """auto: bfloat16 only where the CPU multiplies it; elsewhere float32 is faster and exact."""
     if asked != "auto":
         return asked
-    return "bfloat16" if of_checkpoint == "bfloat16" and _has_bfloat16() else "float32"
-
-
-def _has_bfloat16() -> bool:
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text().split() if info.exists() else []
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return "bfloat16" if of_checkpoint == "bfloat16" and machine.has_bfloat16() else "float32"
 
 
 def _kv_memory(args: argparse.Namespace, model: ModelConfig, dtype_bytes: int) -> int:
@@ -361,19 +218,10 @@ def _kv_memory(args: argparse.Namespace, model: ModelConfig, dtype_bytes: int) -
     world: int = args.sp_size * args.tp_size
     copies = args.sp_size if args.sp_layout == "tokens" else 1
     weights = model.num_parameters * dtype_bytes * copies
-    allowed = int(available_memory() * args.mem_fraction_static)
+    allowed = int(machine.available_memory() * args.mem_fraction_static)
     if allowed <= weights:
         raise UsageError(
             f"--mem-fraction-static {args.mem_fraction_static} allows {allowed / 2**30:.2f} GiB; the weights of "
             f"--sp-size {args.sp_size} x --tp-size {args.tp_size} ranks take {weights / 2**30:.2f} GiB"
         )
     return (allowed - weights) // world
-
-
-def available_memory() -> int:
-    """Of the machine, or of the container if that is less."""
-    available: int = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
-    return available

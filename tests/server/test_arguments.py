@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-import server.config
+import server.machine
 from server.arguments import DEFAULT_MODEL, UsageError, parse
 from server.config import load
 
 
 @pytest.fixture(autouse=True)
 def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.config, "num_cores", lambda: 12)
+    monkeypatch.setattr(server.machine, "num_cores", lambda: 12)
 
 
 @pytest.mark.parametrize(
