@@ -1,7 +1,8 @@
 """`python -m benchmarks.planner`: what a planner's choice costs against the best candidate (regret).
 
 --simulated: on presets of machines that are not here, judged by the simulator on machines whose links and rates are
-off by up to 30 % from what the planner was told. --measured: on gloo ranks of this machine, of one thread each, with
+off by up to 30 % from what the planner was told; with and without trial steps, simulated there and off by 3 % of noise,
+none of which is a batch that is judged. --measured: on gloo ranks of this machine, of one thread each, with
 the machine measured at start; candidates take turns, so that a busy moment hits all of them. Both give the time of a
 decision.
 """
@@ -26,12 +27,15 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.regret import Result, report, result, summary
+from sp_backend.calibrate import REPEATS, Trial, choose_trials, correct
 from sp_backend.cost import ModelShape
 from sp_backend.planner import OFF, Batch, Planner
 from sp_backend.simulate import perturbed, simulate
-from sp_backend.topology import load_machine
+from sp_backend.topology import Machine, load_machine
 
 SPREAD = 0.3
+NOISE = 0.03  # standard deviation of a measured trial step
+LONGEST = 32768  # tokens of a trial step
 PAGE_SIZE = 64
 SHAPES = {
     "64:8 x 128": ModelShape(64, 8, 128, num_layers=80, dense_flops=140e9),
@@ -78,8 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     decision = decision_seconds()
     if args.simulated:
-        results = [judge(case, args.spread) for case in tqdm(cases(args.cases), desc="Cases", unit="case")]
-        about: dict[str, Any] = {"spread": args.spread}
+        bar = tqdm(cases(args.cases), desc="Cases", unit="case", total=args.cases)
+        judged = [judge(case, args.spread) for case in bar]
+        told, results = ([pair[i] for pair in judged] for i in (0, 1))
+        print("as told, without trial steps:")
+        report(told)
+        print("after trial steps:")
+        about: dict[str, Any] = {"spread": args.spread, "noise": NOISE, "without_trials": summary(told)}
     else:
         from benchmarks.planner_ranks import measure_all  # torch and processes, which the simulation does without
 
@@ -116,16 +125,36 @@ def planner(machine: str, shape: str) -> Planner:
     return Planner(found, SHAPES[shape], found.num_ranks, page_size=PAGE_SIZE)
 
 
-def judge(case: Case, spread: float) -> Result:
-    """Simulates every candidate on the machine as it turns out to be."""
-    plan, shape = planner(case.machine, case.shape), SHAPES[case.shape]
-    choice = plan.choose(case.batch)
-    machine = perturbed(plan.machine, spread, case.seed)
+def judge(case: Case, spread: float) -> tuple[Result, Result]:
+    """What a planner chooses by what it was told, and after trial steps; every candidate is simulated on the machine
+    as it turns out to be.
+    """
+    told, shape = planner(case.machine, case.shape), SHAPES[case.shape]
+    machine = perturbed(told.machine, spread, case.seed)
     seconds = {
         str(c.variant): simulate(c.plan, machine, shape, c.geometry, dense=True).step_seconds
-        for c in plan.rank_candidates(case.batch)
+        for c in told.rank_candidates(case.batch)
     }
-    return result(case.machine, case.shape, case.batch, str(choice.variant), choice.seconds, seconds)
+    choices = [p.choose(case.batch) for p in (told, observing(told, machine, case))]
+    about = case.machine, case.shape, case.batch
+    first, second = (result(*about, str(c.variant), c.seconds, seconds) for c in choices)
+    return first, second
+
+
+def observing(told: Planner, machine: Machine, case: Case) -> Planner:
+    """The planner after trial steps on the machine as it is."""
+    random, seconds = Random(case.seed), []
+    trials = [t for t in trials_of(case.machine, case.shape) if t.batch != case.batch]
+    for trial in trials:
+        plan, geometry = told.plan(trial.variant), told.lay_out(trial.variant, trial.batch)
+        step = simulate(plan, machine, told.shape, geometry, dense=True).step_seconds
+        seconds.append(statistics.median(step * random.gauss(1.0, NOISE) for _ in range(REPEATS)))
+    return told.on(correct(told, trials, seconds).machine)
+
+
+@cache
+def trials_of(machine: str, shape: str) -> list[Trial]:
+    return choose_trials(planner(machine, shape), LONGEST)
 
 
 def batches(lengths: Sequence[int]) -> Sequence[Batch]:

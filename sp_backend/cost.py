@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -135,7 +136,17 @@ class PlanCost:
             raise ValueError(f"a plan of {plan.layout.num_ranks} ranks on a machine of {machine.num_ranks}")
         self.plan, self.machine, self.shape = plan, machine, shape
         self._flow = flow_of(plan)
-        self._links = _Links(machine, self._flow.messages, self._flow.columns.num_rounds + 1)
+        self._links = self._links_of(machine)
+
+    def on(self, machine: Machine) -> PlanCost:
+        """The same plan on a machine of as many ranks, its structure as worked out before."""
+        assert machine.num_ranks == self.machine.num_ranks
+        other = copy(self)
+        other.machine, other._links = machine, self._links_of(machine)
+        return other
+
+    def _links_of(self, machine: Machine) -> _Links:
+        return _Links(machine, self._flow.messages, self._flow.columns.num_rounds + 1)
 
     def times(self, sizes: Sizes) -> Times:
         return _Clock(self, self._flow, self._links, sizes).run()

@@ -4,14 +4,16 @@ Off (plan "local") is always a candidate: a prompt on one rank, all of its dense
 predicted step times is computed once, for each candidate over new tokens, cached tokens and the number of prompts
 they belong to; a decision interpolates it. Prompts that share a step are characterised by what costs: the sums of new
 and cached tokens, and of visible (query, key) pairs, given as the number of equal prompts with as many pairs.
-On near ties off wins: a prediction is no better than its margin, and off cannot be slower than itself. Variants that
-gain next to nothing over those kept are not kept, so that workers build few plans.
+On near ties off wins: sharing must be predicted to gain more than predictions are wrong by (`Machine.error`), and off
+cannot be slower than itself. Variants that gain next to nothing over those kept are not kept, so that workers build
+few plans.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
@@ -27,7 +29,6 @@ from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
 from sp_backend.topology import Floats, Machine
 
 OFF: Final = Variant("local")
-OFF_MARGIN: Final = 0.08  # a spread plan must be predicted to be faster by this: more than predictions are wrong by
 TIE: Final = 0.02  # a variant is kept for what it gains over the others kept
 HIDDEN: Final = 0.03  # share of a step that communication may cost and be called hidden
 
@@ -52,13 +53,14 @@ class Choice:
     forced: bool
     batch: Batch
     shape: ModelShape
+    margin: float  # by which sharing a prompt has to be predicted to be faster than off
 
     @property
     def reason(self) -> str:
         """In a line; written when it is asked for, as a decision has to be quick."""
         if self.variant == OFF:
             told = f"off: {_milliseconds(self.seconds)} on one rank a prompt"
-            return told if self.forced else f"{told}, and sharing one gains less than {OFF_MARGIN:.0%}"
+            return told if self.forced else f"{told}, and sharing one gains less than {self.margin:.0%}"
         shape = self.shape
         new, total = sum(t for t, _ in self.batch), sum(t + c for t, c in self.batch)
         q = new * shape.num_heads * (2 * shape.head_dim * shape.itemsize + 4)
@@ -128,8 +130,8 @@ def _assign(work: Sequence[float], num_groups: int) -> list[list[int]]:
 
 
 class Planner:
-    """Made once for a machine and a model; `choose` for each step. Making it takes 0.1 s of one core for 2
-    ranks, 0.5 s for 4, 0.8 s for 8 and 1 s for 16; a decision on one prompt takes about 30 us.
+    """Made once for a machine and a model; `choose` for each step. Its table, made at first use, takes 0.1 s of one
+    core for 2 ranks, 0.5 s for 4, 0.8 s for 8 and 1 s for 16; a decision on one prompt takes about 30 us.
 
     num_ranks: the SP size, at most the machine's ranks. layout: the server's. kind: of the chunks; None: each
     strategy's default. redundant_kv: in layout heads, of new tokens. candidates: None: every variant that fits. Raises
@@ -158,10 +160,15 @@ class Planner:
         if not self.candidates:
             raise ValueError("no candidates: give at least one variant for layout heads")
         self._costs = {v: PlanCost(self._plan(v), self.machine, shape) for v in self.candidates}
-        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim
-        rates = self.machine.rates
-        self._dense_pairs = shape.dense_flops / attention * max(rates.kernel.full[-1]) / rates.dense_flops
-        self._table = self._tabulate()
+
+    def on(self, machine: Machine) -> Planner:
+        """The same candidates on a machine whose first ranks are linked alike, but at other rates."""
+        other = copy(self)
+        other.machine = machine.first(self.num_ranks)
+        other._costs = {v: cost.on(other.machine) for v, cost in self._costs.items()}
+        other.__dict__.pop("_table", None)
+        other.__dict__.pop("_dense_pairs", None)
+        return other
 
     @property
     def winners(self) -> list[Variant]:
@@ -184,7 +191,7 @@ class Planner:
         seconds = {d: math.exp(point.logs[column]) for d, (point, column) in found.items()}
         best = min(
             (d for d in found if degree in (None, d)),
-            key=lambda d: seconds[d] if d == 1 else seconds[d] * (1.0 + OFF_MARGIN),
+            key=lambda d: seconds[d] if d == 1 else seconds[d] * (1.0 + self.machine.error),
         )
         point, column = found[best]
         return Choice(
@@ -197,11 +204,26 @@ class Planner:
             forced=degree is not None,
             batch=batch,
             shape=self.shape,
+            margin=self.machine.error,
         )
 
     def degree_for(self, new: int, cached: int) -> int:
         """How many ranks should share one prompt that is alone; 1: it is best left on one."""
         return self.choose([(new, cached)]).degree
+
+    def step_seconds(self, variant: Variant, batches: Sequence[Batch]) -> Floats:
+        """Predicted for each batch, all of as many prompts, under one candidate."""
+        rows = [self.lay_out(variant, batch).rows for batch in batches]
+        sizes = Sizes(np.array(rows, np.int64), np.ones((len(rows), len(rows[0])), np.int64))
+        return self._costs[variant].times(sizes).step
+
+    def plan(self, variant: Variant) -> Plan:
+        """A candidate's; not proved."""
+        return self._costs[variant].plan
+
+    def lay_out(self, variant: Variant, batch: Batch) -> Geometry:
+        """A batch as it would be spread under one candidate."""
+        return lay_out(self.plan(variant).layout, batch, self._page_size, self._dense_pairs)
 
     def rank_candidates(self, batch: Batch, degree: int | None = None) -> list[Candidate]:
         """Every candidate (of a degree) costed for the very batch, fastest first; slower than choose."""
@@ -209,9 +231,8 @@ class Planner:
         for variant in self.candidates:
             size = self._degree(variant)
             if degree is None or size == degree:
-                plan = self._costs[variant].plan
-                geometry = lay_out(plan.layout, batch, self._page_size, self._dense_pairs)
-                found.append(Candidate(variant, size, plan, geometry, self._costs[variant].cost(geometry)))
+                cost, geometry = self._costs[variant], self.lay_out(variant, batch)
+                found.append(Candidate(variant, size, cost.plan, geometry, cost.cost(geometry)))
         return sorted(found, key=lambda c: c.cost.step_seconds)
 
     def _plan(self, variant: Variant) -> Plan:
@@ -225,6 +246,13 @@ class Planner:
             kind=self._kind if self._kind in STRATEGIES[variant.strategy].kinds else None,
             proven=False,
         )
+
+    @cached_property
+    def _dense_pairs(self) -> float:
+        """(query, key) pairs that a new token's other work is worth."""
+        shape, rates = self.shape, self.machine.rates
+        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim
+        return shape.dense_flops / attention * max(rates.kernel.full[-1]) / rates.dense_flops
 
     def _degree(self, variant: Variant) -> int:
         return 1 if variant == OFF else variant.degree or self.num_ranks
@@ -249,7 +277,8 @@ class Planner:
 
     # The table
 
-    def _tabulate(self) -> _Table:
+    @cached_property
+    def _table(self) -> _Table:
         """Variants that win nowhere are left out, and degrees at which no prompt that is alone would be placed."""
         grid = _Grid.of(self.num_ranks)
         sizes: dict[tuple[object, ...], Sizes] = {}
@@ -264,7 +293,7 @@ class Planner:
             exposed.append((self.shape.num_layers * times.exposed).reshape(grid.shape))
         degrees = np.array([self._degree(v) for v in self.candidates])
         step = np.stack(seconds, -1)
-        alone = step[:, :, 0] * np.where(degrees == 1, 1.0, 1.0 + OFF_MARGIN)
+        alone = step[:, :, 0] * np.where(degrees == 1, 1.0, 1.0 + self.machine.error)
         useful = {*degrees[np.unique(alone.argmin(-1))].tolist(), 1, self.num_ranks}
         kept = [i for d in sorted(useful) for i in _cover(step, np.flatnonzero(degrees == d))]
         columns: dict[int, list[int]] = {}

@@ -80,11 +80,7 @@ def perturbed(machine: Machine, spread: float, seed: int) -> Machine:
     kernel, rates = off(1.0), machine.rates
     rates = replace(
         rates,
-        kernel=replace(
-            rates.kernel,
-            full=tuple(tuple(rate * kernel for rate in row) for row in rates.kernel.full),
-            causal=tuple(rate * kernel for rate in rates.kernel.causal),
-        ),
+        kernel=rates.kernel.scaled(kernel),
         **{name: off(getattr(rates, name)) for name in rates.__slots__ if name not in ("kernel", "overlap")},
     )
     topology, bandwidth, latency = machine.topology, off(1.0), off(1.0)

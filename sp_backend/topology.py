@@ -116,6 +116,13 @@ class KernelRates:
         )
         _require(min(*map(min, self.full), *self.causal) > 0, "rates.kernel", self, "FLOP/s above 0")
 
+    def scaled(self, factor: float) -> KernelRates:
+        return replace(
+            self,
+            full=tuple(tuple(rate * factor for rate in row) for row in self.full),
+            causal=tuple(rate * factor for rate in self.causal),
+        )
+
     def full_rate(self, queries: ArrayLike, keys: ArrayLike) -> Floats:
         """FLOP/s of full blocks, interpolated over the logarithms of both sides; constant beyond the table."""
         i, u = _place(self.queries, queries)
@@ -171,21 +178,22 @@ class Rates:
 
     def scaled(self, factor: float) -> Rates:
         """The kernel, and everything else that moves through a rank's own units, faster by a factor."""
-        k = self.kernel
-        kernel = replace(
-            k,
-            full=tuple(tuple(rate * factor for rate in row) for row in k.full),
-            causal=tuple(rate * factor for rate in k.causal),
-        )
         moved = ("dense_flops", "memory_bytes", "merge_bytes", "copy_bytes")
+        kernel = self.kernel.scaled(factor)
         return replace(self, kernel=kernel, **{name: getattr(self, name) * factor for name in moved})
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
+    """error: share by which predictions of a step for it may be wrong; a plan that sends must gain more."""
+
     name: str
     topology: Topology
     rates: Rates
+    error: float = 0.08
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.error < 1, "error", self.error, "at least 0 and below 1")
 
     @property
     def num_ranks(self) -> int:
