@@ -28,7 +28,7 @@ from scheduler.request import GenerateRequest
 from scheduler.worker_pool import WorkerPool
 from server.config import load
 from sp_backend.catalog import planner_for
-from sp_backend.commands import SampledToken, Sampling, Step, StepResult
+from sp_backend.commands import SampledToken, Sampling, SequenceStep, Step, StepResult
 
 OWN_TOKENS = 32  # at the end of each prompt; those before are the same for all streams
 BARE, SERVED = "bare loop", "server"
@@ -85,18 +85,20 @@ class Recorder:
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._answers: deque[list[StepResult]] = deque()
-        self.steps: list[list[Step]] = []
+        self.steps: list[list[Step | None]] = []
 
-    def submit(self, steps: list[Step]) -> None:
+    def submit(self, steps: list[Step | None]) -> None:
         self.steps.append(steps)
-        parts = [part for step in steps for group in step.groups for part in group.sequences]
-        drawn = [SampledToken(part.request_id, 5) for part in parts if part.sampling is not None]
-        self._answers.append(
-            [StepResult(steps[0].step_id, rank, drawn, 0.01, 0, 0, 0.0) for rank in range(self._world_size)]
-        )
+        drawn = [SampledToken(part.request_id, 5) for part in parts_of(steps) if part.sampling is not None]
+        step_id = next(step.step_id for step in steps if step is not None)
+        self._answers.append([StepResult(step_id, rank, drawn, 0.01, 0, 0, 0.0) for rank in range(self._world_size)])
 
     def poll(self, timeout: float) -> list[StepResult] | None:
         return self._answers.popleft() if self._answers else None
+
+
+def parts_of(steps: Sequence[Step | None]) -> list[SequenceStep]:
+    return [part for step in steps if step is not None for group in step.groups for part in group.sequences]
 
 
 class BareLoop:
@@ -117,7 +119,7 @@ class BareLoop:
         seconds = [
             max(result.seconds + result.idle_seconds for result in each)
             for step, each in zip(steps, results, strict=True)
-            if [part.num_new for group in step[0].groups for part in group.sequences] == [1] * len(prompts)
+            if len({part.request_id for part in parts_of(step) if part.num_new == 1}) == len(prompts)
         ]
         return statistics.median(seconds[int(SETTLE * len(seconds)) :])
 

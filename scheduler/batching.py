@@ -86,7 +86,7 @@ class Batcher:
         room = self.placement.capacity_in_place if self.placement.whole_prompts else self.placement.capacity
         self.max_length = min(backend.context_length, room)
         self._live: dict[str, Sequence] = {}  # waiting ones included
-        self._released: list[int] = []  # workers still keep page tables for these
+        self._ended: list[int] = []  # sequences whose pages have gone back: the workers are not told yet
         self._num_arrived = 0
         self._num_in_flight = 0  # steps sent and not completed
         self._decode_next = False
@@ -119,10 +119,10 @@ class Batcher:
         self.counters.num_finished[FinishReason.ERROR.value] += len(live)
         return [failed(request_id, error) for request_id in live]
 
-    def take_released(self) -> list[int]:
-        """Requests whose page tables the workers should drop with the next step."""
-        released, self._released = self._released, []
-        return released
+    def take_ended(self) -> list[int]:
+        """Sequences whose pages have gone back, since the last call: what workers know of them is void."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def next_step(self) -> PlannedStep | None:
         """The next step, with pages taken; None if there is nothing to do before those in flight are completed."""
@@ -275,7 +275,6 @@ class Batcher:
         if sequence in self.running:
             self.running.remove(sequence)
         self.lanes.remove(sequence)
-        if sequence.num_sent:
-            self._released.append(sequence.id)
         if sequence.node is not None:
+            self._ended.append(sequence.id)
             self.placement.release(sequence)

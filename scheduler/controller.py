@@ -21,7 +21,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.plans import StepPlanner
 from scheduler.request import Draining, GenerateRequest, Output, QueueFull, RequestTooLong, Unavailable
 from scheduler.stats import LastChoice, PlanStats, RankStats, Stats, StepLog
-from scheduler.steps import steps_of
+from scheduler.steps import StepWriter
 from scheduler.worker_pool import WorkerFailed, Workers
 from sp_backend.commands import StepResult
 from sp_backend.config import BackendConfig
@@ -40,7 +40,7 @@ class InFlight:
 
     planned: PlannedStep
     began: float  # when it was sent, or the one before it was done
-    after_another: bool  # the workers had requests to work on before it
+    follows: frozenset[int]  # SP ranks that took part in the step before, if there was no pause
 
 
 class Controller:
@@ -55,6 +55,7 @@ class Controller:
         planner: StepPlanner | None = None,
     ) -> None:
         self.batcher = Batcher(config, backend, pages_per_rank, planner)
+        self._writer = StepWriter(self.batcher.placement)
         self._config = config
         self._backend = backend
         self._workers = workers
@@ -70,11 +71,11 @@ class Controller:
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._step_id = 0
-        self._results: list[StepResult] = []  # of the last step
+        self._results: dict[int, StepResult] = {}  # the last of each rank
         self._busy_seconds = [0.0] * backend.world_size
         self._idle_seconds = [0.0] * backend.world_size
         self._in_flight: deque[InFlight] = deque()  # at most two: one runs, one is next
-        self._had_work = False
+        self._last_ranks = frozenset[int]()  # SP ranks of the newest step; none after a pause
         self._plans: dict[str, PlanStats] = {}
         self._last_choice: LastChoice | None = None
         self._log = StepLog(config.decode_log_interval, clock())
@@ -161,8 +162,8 @@ class Controller:
         with self._failures():
             if not self._in_flight:
                 self._send_next()
-            self._had_work = bool(self._in_flight)
             if not self._in_flight:
+                self._last_ranks = frozenset()
                 return False
             results = self._results_before_next_is_planned()
             if results is None and not self._closing:
@@ -213,11 +214,13 @@ class Controller:
         if planned is None:
             return
         self._step_id += 1
-        steps = steps_of(self._step_id, planned.chunks, self.batcher.take_released(), self.batcher.placement)
+        steps = self._writer.write(self._step_id, planned.chunks, self.batcher.take_ended())
         self._workers.submit(steps)
         self.batcher.sent(planned)
-        self._in_flight.append(InFlight(planned, self._clock(), self._had_work))
-        self._had_work = True
+        self._in_flight.append(InFlight(planned, self._clock(), self._last_ranks))
+        self._last_ranks = frozenset(rank for rank, step in enumerate(steps) if step is not None)
+        if planned.kind == "prefill":
+            self._log.prefill(self.stats(), self._clock(), planned.num_new, len(planned.chunks), planned.num_cached)
 
     def _results_before_next_is_planned(self) -> list[StepResult] | None:
         """A long step's successor is planned late, with who has arrived meanwhile; None: the time has come."""
@@ -254,10 +257,10 @@ class Controller:
         return None
 
     def _complete(self, step: InFlight, results: list[StepResult]) -> None:
-        self._results = results
         for result in results:
+            self._results[result.rank] = result
             self._busy_seconds[result.rank] += result.seconds
-            if step.after_another:
+            if result.rank % self._backend.sp_size in step.follows:
                 self._idle_seconds[result.rank] += result.idle_seconds
         if self._in_flight:
             self._in_flight[0].began = self._clock()
@@ -268,8 +271,9 @@ class Controller:
         sampled = {token.request_id: token for result in results for token in result.tokens}
         self.batcher.pool(planned, results)
         outputs = self.batcher.complete(planned, sampled, seconds)
-        self._emit(outputs)
-        self._log_step(planned, len(outputs))
+        self._emit(outputs)  # whoever hands them on waits for the interpreter: nothing follows that can be done earlier
+        if planned.kind == "decode" and self._log.decode_is_due(len(outputs)):
+            self._log.decode(self.stats(), self._clock())
 
     def _count(self, planned: PlannedStep, seconds: float) -> None:
         stats = self._plans.setdefault(planned.plan, PlanStats())
@@ -329,7 +333,7 @@ class Controller:
 
     def _rank_stats(self, rank: int) -> RankStats:
         pool, sp_rank = self.batcher.placement.pool, rank % self._backend.sp_size
-        result = self._results[rank] if self._results else None
+        result = self._results.get(rank)
         return RankStats(
             rank=rank,
             sp_rank=sp_rank,
@@ -343,10 +347,3 @@ class Controller:
             busy_seconds=self._busy_seconds[rank],
             idle_seconds=self._idle_seconds[rank],
         )
-
-    def _log_step(self, planned: PlannedStep, num_sampled: int) -> None:
-        now = self._clock()
-        if planned.kind == "prefill":
-            self._log.prefill(self.stats(), now, planned.num_new, len(planned.chunks), planned.num_cached)
-        elif self._log.decode_is_due(num_sampled):
-            self._log.decode(self.stats(), now)

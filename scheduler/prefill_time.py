@@ -26,6 +26,7 @@ class PrefillTime:
         self._buckets: dict[tuple[int, int], deque[tuple[float, float, float]]] = {}
         self._ratios: deque[float] = deque(maxlen=16)  # measured / fitted
         self._weights = (0.0, 0.0, 0.0)
+        self._is_fitted = True
         self._margin = 1.0
         self._most_tokens = 0.0
         self._most_pairs = 0.0
@@ -41,10 +42,12 @@ class PrefillTime:
         self._buckets.setdefault(place, deque(maxlen=8)).append((tokens, pairs, seconds))
         self._most_tokens = max(self._most_tokens, tokens)
         self._most_pairs = max(self._most_pairs, pairs)
-        self._fit()
+        self._is_fitted = False  # until it is asked, which is not while somebody waits for this step's tokens
 
     def expected(self, tokens: float, pairs: float) -> float:
         """Seconds, as likely more as less."""
+        if not self._is_fitted:
+            self._fit()
         a, b, c = self._weights
         return a + b * tokens + c * pairs
 
@@ -72,6 +75,7 @@ class PrefillTime:
         ]
         table = np.array(rows)
         self._weights = _non_negative_fit(table[:, :3] / table[:, 3:])
+        self._is_fitted = True
 
 
 def _non_negative_fit(features: Floats) -> tuple[float, float, float]:

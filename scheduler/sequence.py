@@ -32,7 +32,6 @@ class Sequence:
     owners: bytearray = field(default_factory=bytearray)  # SP rank of each page
     pages: list[int] = field(default_factory=list)  # its index on that rank
     pages_on: list[int] = field(default_factory=list)  # pages on each SP rank
-    num_sent: int = 0  # pages that the workers know of
     node: Node | None = None  # the newest page that the prefix cache knows, or a root; None: not admitted
     num_cached: int = 0  # pages that it knows
     has_twins: bool = False  # another request was faster: its next page is cached from there
@@ -83,7 +82,7 @@ class Sequence:
 
     def forget_pages(self) -> None:
         """Back to the state before admission."""
-        self.num_computed = self.num_sent = self.num_cached = 0
+        self.num_computed = self.num_cached = 0
         self.pooled = 0.0
         self.home = NOWHERE
         self.owners = bytearray()

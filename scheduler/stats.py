@@ -25,7 +25,7 @@ class RankStats:
     bytes_sent: int = 0
     wait_seconds: float = 0.0
     busy_seconds: float = 0.0
-    idle_seconds: float = 0.0  # without a step while there were requests
+    idle_seconds: float = 0.0  # between two steps in a row that it took part in
 
 
 @dataclass(slots=True)
@@ -75,11 +75,13 @@ class StepLog:
     def __init__(self, decode_interval: int, now: float) -> None:
         self._decode_interval = decode_interval
         self._prefilled_at = now
+        self._num_prefilled = 0
         self._decoded_at = now
         self._num_decode_steps = 0
         self._num_decoded = 0
 
     def prefill(self, stats: Stats, now: float, num_new: int, num_sequences: int, num_cached: int) -> None:
+        """A step that begins. As in SGLang, the throughput is that since the one before."""
         logger.info(
             "Prefill batch, #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, "
             "#running-req: %d, #queue-req: %d, input throughput (token/s): %.2f",
@@ -89,9 +91,9 @@ class StepLog:
             stats.pages_used / stats.num_pages,
             stats.num_running,
             stats.num_waiting,
-            num_new / max(now - self._prefilled_at, 1e-9),
+            self._num_prefilled / max(now - self._prefilled_at, 1e-9),
         )
-        self._prefilled_at = now
+        self._num_prefilled, self._prefilled_at = num_new, now
 
     def plan(self, kind: str, num_tokens: int, choices: Sequence[PlanChoice], seconds: float) -> None:
         for choice in choices:

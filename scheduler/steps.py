@@ -1,62 +1,97 @@
-"""From chunks to commands: every SP rank learns who owns new pages, and gets its own pages and tokens."""
+"""From chunks to commands: every SP rank that takes part learns who owns new pages, and gets its own pages and tokens.
+
+A rank that has nothing to do in a step hears nothing of it: a short prompt on one rank wakes no other.
+"""
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 import msgspec
 
 from scheduler.placement import Placement
 from scheduler.sequence import UNDRAWN, Chunk, Sequence
-from sp_backend.commands import Group, Sampling, SequenceStep, Step
+from sp_backend.commands import LOCAL, Group, Sampling, SequenceStep, Step
 
 TOKEN_BYTES = 4
 
 
-def steps_of(step_id: int, chunks: Seq[Chunk], released: list[int], placement: Placement) -> list[Step]:
-    """One command for each SP rank. Marks the chunks' pages as known to the workers."""
-    groups: dict[str, list[list[SequenceStep]]] = {}  # plan -> rank -> sequences
-    for chunk in chunks:
-        assert chunk.plan is not None, "every plan is chosen by now"
-        by_rank = groups.setdefault(chunk.plan, [[] for _ in range(placement.num_ranks)])
-        for rank, part in enumerate(_parts(chunk, placement)):
-            by_rank[rank].append(part)
-        chunk.sequence.num_sent = len(chunk.sequence.pages)
-    moved = [chunk.sequence.id for chunk in chunks if _moves(chunk, placement)]
-    return [
-        Step(step_id, [Group(plan, by_rank[rank]) for plan, by_rank in groups.items()], released, moved)
-        for rank in range(placement.num_ranks)
-    ]
+class StepWriter:
+    """Remembers which pages of which sequences each SP rank knows of."""
 
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+        self._ranks = range(placement.num_ranks)
+        self._known: list[dict[int, int]] = [{} for _ in self._ranks]  # [rank]: sequence id -> number of pages
+        self._released: list[list[int]] = [[] for _ in self._ranks]  # [rank]: sequences that it has not forgotten yet
 
-def _parts(chunk: Chunk, placement: Placement) -> list[SequenceStep]:
-    """A chunk as each SP rank sees it."""
-    sequence, num_ranks = chunk.sequence, placement.num_ranks
-    owners = bytes(sequence.owners[sequence.num_sent :])
-    pages = _pages_by_rank(sequence, num_ranks) if owners else [b""] * num_ranks
-    tokens = _tokens_by_rank(chunk, placement)
-    last_page = (chunk.start + chunk.num_new - 1) // placement.page_size
-    pooling = sequence.request.pooling
-    sampling = sampling_of(sequence) if chunk.samples and pooling is None else None
-    if pooling == "last" and not chunk.samples:
-        pooling = None
-    drawn_on = range(num_ranks) if placement.heads else (sequence.owners[last_page],)
-    return [
-        SequenceStep(
-            sequence.id,
-            chunk.start,
-            chunk.num_new,
-            chunk.home.start,
-            len(chunk.home),
-            owners,
-            pages[rank],
-            tokens[rank],
-            sampling if rank in drawn_on else None,
-            pooling,
-        )
-        for rank in range(num_ranks)
-    ]
+    def write(self, step_id: int, chunks: Seq[Chunk], ended: Iterable[int]) -> list[Step | None]:
+        """One command for each SP rank; None: it has nothing to do. ended: sequences whose pages went back."""
+        self._release(ended)
+        groups: list[dict[str, list[SequenceStep]]] = [{} for _ in self._ranks]  # [rank]: plan -> sequences
+        for chunk in chunks:
+            assert chunk.plan is not None, "every plan is chosen by now"
+            for rank, part in self._parts(chunk):
+                groups[rank].setdefault(chunk.plan, []).append(part)
+        moved = [chunk.sequence.id for chunk in chunks if _moves(chunk, self._placement)]
+        return [self._step(step_id, rank, groups[rank], moved) for rank in self._ranks]
+
+    def _release(self, ended: Iterable[int]) -> None:
+        for sequence_id in ended:
+            for known, released in zip(self._known, self._released, strict=True):
+                if known.pop(sequence_id, None) is not None:
+                    released.append(sequence_id)
+
+    def _step(self, step_id: int, rank: int, groups: dict[str, list[SequenceStep]], moved: list[int]) -> Step | None:
+        if not groups and not moved:  # all ranks tell each other what moves
+            return None
+        released, self._released[rank] = self._released[rank], []
+        return Step(step_id, [Group(plan, parts) for plan, parts in groups.items()], released, moved)
+
+    def _parts(self, chunk: Chunk) -> Iterable[tuple[int, SequenceStep]]:
+        """A chunk as each SP rank sees it that takes part: under any plan but LOCAL all do, with tokens or without."""
+        sequence, placement = chunk.sequence, self._placement
+        pooling = sequence.request.pooling
+        sampling = sampling_of(sequence) if chunk.samples and pooling is None else None
+        if pooling == "last" and not chunk.samples:
+            pooling = None
+        if chunk.plan == LOCAL:
+            tokens = {chunk.home.start: _tokens(chunk)}
+            drawn_on: Seq[int] = chunk.home
+        else:
+            tokens = dict(enumerate(_tokens_by_rank(chunk, placement)))
+            last_page = (chunk.end - 1) // placement.page_size
+            drawn_on = self._ranks if placement.heads else (sequence.owners[last_page],)
+        for rank, own in tokens.items():
+            owners, pages = self._new_pages(sequence, rank)
+            sampled = sampling if rank in drawn_on else None
+            yield (
+                rank,
+                SequenceStep(
+                    sequence.id,
+                    chunk.start,
+                    chunk.num_new,
+                    chunk.home.start,
+                    len(chunk.home),
+                    owners,
+                    pages,
+                    own,
+                    sampled,
+                    pooling,
+                ),
+            )
+
+    def _new_pages(self, sequence: Sequence, rank: int) -> tuple[bytes, bytes]:
+        """Owners of the pages that a rank does not know of yet, and the indices of those that are its own."""
+        known, num_pages = self._known[rank].get(sequence.id, 0), len(sequence.pages)
+        if known == num_pages:  # most decode steps
+            return b"", b""
+        self._known[rank][sequence.id] = num_pages
+        owners = sequence.owners[known:]
+        own = array("i", (page for owner, page in zip(owners, sequence.pages[known:], strict=True) if owner == rank))
+        return bytes(owners), own.tobytes()
 
 
 def _moves(chunk: Chunk, placement: Placement) -> bool:
@@ -67,17 +102,13 @@ def _moves(chunk: Chunk, placement: Placement) -> bool:
     return sequence.owners[(at - 1) // placement.page_size] != sequence.owners[at // placement.page_size]
 
 
-def _pages_by_rank(sequence: Sequence, num_ranks: int) -> list[bytes]:
-    pages = [array("i") for _ in range(num_ranks)]
-    for rank, page in zip(sequence.owners[sequence.num_sent :], sequence.pages[sequence.num_sent :], strict=True):
-        pages[rank].append(page)
-    return [own.tobytes() for own in pages]
+def _tokens(chunk: Chunk) -> bytes:
+    return chunk.sequence.tokens[chunk.start : chunk.end].tobytes()
 
 
 def _tokens_by_rank(chunk: Chunk, placement: Placement) -> list[bytes]:
     """Each rank's new tokens: those of the pages it owns; in layout heads every rank computes all."""
-    sequence = chunk.sequence
-    tokens = sequence.tokens[chunk.start : chunk.start + chunk.num_new].tobytes()
+    tokens = _tokens(chunk)
     if placement.heads:
         return [tokens] * placement.num_ranks
     if len(chunk.home) == 1:
@@ -86,7 +117,7 @@ def _tokens_by_rank(chunk: Chunk, placement: Placement) -> list[bytes]:
     first = chunk.start // placement.page_size
     parts: list[list[bytes]] = [[] for _ in range(placement.num_ranks)]
     for number, begin in enumerate(range(0, len(tokens), size), first):
-        parts[sequence.owners[number]].append(tokens[begin : begin + size])
+        parts[chunk.sequence.owners[number]].append(tokens[begin : begin + size])
     return [b"".join(own) for own in parts]
 
 

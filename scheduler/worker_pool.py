@@ -50,11 +50,14 @@ class WorkerFailed(Exception):
 class Workers(Protocol):
     """What the controller needs of its workers."""
 
-    def submit(self, steps: list[Step]) -> None:
-        """Starts a step, or queues it behind the one that runs; steps[r] goes to SP rank r, on every TP rank."""
+    def submit(self, steps: list[Step | None]) -> None:
+        """Starts a step, or queues it behind the one that runs; steps[r] goes to SP rank r, on every TP rank.
+
+        None: the rank has no part in it. At least one has.
+        """
 
     def poll(self, timeout: float) -> list[StepResult] | None:
-        """The oldest step's results of all workers by rank, or None if some are missing after `timeout` seconds.
+        """The oldest step's results of all who took part, by rank; None if some are missing after `timeout` seconds.
 
         Raises WorkerFailed as soon as a worker cannot answer any more, also between steps.
         """
@@ -66,7 +69,7 @@ class WorkerPool:
         self._config = config
         self._command = command
         self._processes: list[_Process] = []
-        self._results: dict[int, dict[int, StepResult]] = {}  # of steps in flight, oldest first: by rank
+        self._results: dict[int, dict[int, StepResult | None]] = {}  # of steps in flight, oldest first: by rank
         self._checked_at = 0.0
         self._directory: Path | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -93,18 +96,21 @@ class WorkerPool:
             self.stop(grace=0.0)
             raise
 
-    def submit(self, steps: list[Step]) -> None:
+    def submit(self, steps: list[Step | None]) -> None:
         assert self._socket is not None and len(steps) == self._config.sp_size
-        self._results[steps[0].step_id] = {}
-        messages = [encode(step) for step in steps]
-        for rank in range(self._config.world_size):
+        taking_part = {sp_rank: step for sp_rank, step in enumerate(steps) if step is not None}
+        messages = {sp_rank: encode(step) for sp_rank, step in taking_part.items()}
+        ranks = [rank for rank in range(self._config.world_size) if rank % self._config.sp_size in messages]
+        self._results[next(iter(taking_part.values())).step_id] = dict.fromkeys(ranks)
+        for rank in ranks:
             self._send(rank, messages[rank % self._config.sp_size])
 
     def poll(self, timeout: float) -> list[StepResult] | None:
         deadline = time.monotonic() + timeout
         while (results := self._oldest_results()) is None:
             for report in self._receive(deadline):
-                assert isinstance(report, StepResult) and report.step_id in self._results, f"unexpected {report}"
+                assert isinstance(report, StepResult), f"unexpected {report}"
+                assert report.rank in self._results.get(report.step_id, ()), f"unexpected {report}"
                 self._results[report.step_id][report.rank] = report
             if time.monotonic() >= deadline:
                 return self._oldest_results()
@@ -167,10 +173,9 @@ class WorkerPool:
 
     def _oldest_results(self) -> list[StepResult] | None:
         oldest = next(iter(self._results), None)
-        if oldest is None or len(self._results[oldest]) < self._config.world_size:
+        if oldest is None or None in self._results[oldest].values():
             return None
-        results = self._results.pop(oldest)
-        return [results[rank] for rank in range(self._config.world_size)]
+        return [result for result in self._results.pop(oldest).values() if result is not None]
 
     def _send(self, rank: int, message: bytes) -> None:
         assert self._socket is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sp_backend.commands import LOCAL, Group, Sampling, SequenceStep, Step
+from sp_backend.commands import Group, Sampling, SequenceStep, Step
 from sp_backend.geometry import Geometry
 from sp_backend.kv_cache import Ints, PageTable, Rows
 from sp_backend.layout import Layout
@@ -94,7 +94,8 @@ class BatchBuilder:
         pooled: list[PooledRows] = []
         tokens, positions = [NO_INTS], [NO_INTS]
         num_rows = 0
-        for group in map(self._present, step.groups):
+        for group in step.groups:
+            self._take_pages(group)
             laid, group_tokens, group_positions = self._lay_out(group, num_rows)
             groups.append(laid)
             samples += self._samples(group, laid)
@@ -167,16 +168,12 @@ class BatchBuilder:
         )
         return laid, tokens, positions
 
-    def _present(self, group: Group) -> Group:
-        """Takes the group's new pages in. What runs on another rank alone is nothing to this one."""
+    def _take_pages(self, group: Group) -> None:
         for sequence in group.sequences:
             if sequence.request_id not in self._tables:
                 self._tables[sequence.request_id] = PageTable(self._sp_rank, self._page_size)
             if sequence.page_owners:
                 self._tables[sequence.request_id].append(sequence.page_owners, sequence.pages)
-        if group.plan != LOCAL:
-            return group
-        return Group(group.plan, [sequence for sequence in group.sequences if sequence.home == self._sp_rank])
 
     def _new_rows(self, layout: Layout, sequence: SequenceStep) -> tuple[int, ...]:
         if sequence.degree > 1:

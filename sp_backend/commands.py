@@ -1,8 +1,8 @@
 """What a worker can be told, and what it answers. Pure: no torch; msgpack on the wire (msgspec Structs).
 
-The controller sends each worker its own `Step`: the fields that describe the whole batch are equal on every rank
-(so that all ranks derive the same buffer sizes), those marked *this rank's* are not. Token ids and page indices
-travel as little-endian int32 bytes, page owners as one byte a page.
+The controller sends each worker that takes part its own `Step`: the fields that describe the whole batch are equal on
+every rank (so that all ranks derive the same buffer sizes), those marked *this rank's* are not. Token ids and page
+indices travel as little-endian int32 bytes, page owners as one byte a page.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     num_new: int
     home: int  # the first SP rank that holds new tokens ...
     degree: int  # ... and how many ranks share them, cut by the plan's layout; 1: all are on `home`
-    page_owners: bytes  # SP rank of each page appended to the request since its previous step (uint8)
+    page_owners: bytes  # SP rank of each page that this rank does not know of yet (uint8), in order
     pages: bytes  # this rank's: indices of those of them that it owns (int32), in order
     tokens: bytes  # this rank's: ids of the new tokens it computes (int32), in position order; or UNKNOWN alone
     sampling: Sampling | None = None  # set on ranks that hold the last new token: sample the one that follows it
@@ -69,7 +69,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Group(msgspec.Struct, frozen=True, array_like=True):
-    """Sequences that run under one plan. All groups of a step share one forward pass."""
+    """Sequences that run under one plan. All groups of a step share one forward pass. LOCAL: those of this rank."""
 
     plan: str  # a variant's name, "decode" (home tokens, history anywhere) or "local" (home tokens, history at home)
     sequences: list[SequenceStep]

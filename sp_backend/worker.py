@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -127,7 +128,8 @@ class Worker:
             device=device,
         )
         self._grammars = Grammars(config.tokenizer_path or config.model_path, model.vocab_size, model.eos_ids)
-        self._drawn: dict[int, int] = {}  # in the previous step, on this rank: request id -> token
+        self._drawn: dict[int, int] = {}  # by this rank in the last step that it took part in: request id -> token
+        self._drawn_in = 0  # id of that step
         pool = BufferPool(device)
         self._executors = {
             name: Executor(
@@ -163,7 +165,8 @@ class Worker:
     def forward(self, step: Step) -> tuple[LocalBatch, torch.Tensor]:
         """Lay the step out and run the model: this rank's rows and their hidden states [n, hidden]."""
         self._grammars.forget(step.release)
-        batch = self._builder.build(fill_in(step, self._drawn | self._moved(step.moved)))
+        drawn = self._drawn if self._drawn_in == step.step_id - 1 else {}
+        batch = self._builder.build(fill_in(step, drawn | _moved(step.moved, drawn)))
         if not len(batch.tokens) and all(group.plan == LOCAL for group in step.groups):
             return batch, torch.empty(
                 0, self.decoder.config.hidden_size, device=batch.tokens.device
@@ -174,6 +177,7 @@ class Worker:
     @torch.inference_mode()
     def finish(self, step_id: int, batch: LocalBatch, hidden: torch.Tensor, began: float) -> StepResult:
         """Draw the tokens that the batch asks for, and report."""
+        self._drawn_in = step_id
         tokens = self._sample(batch, hidden)
         counters = [executor.counters for executor in self._executors.values()]
         return StepResult(
@@ -186,14 +190,6 @@ class Worker:
             wait_seconds=sum(c.wait_seconds for c in counters),
             pooled=self._pool(batch, hidden),
         )
-
-    def _moved(self, requests: list[int]) -> dict[int, int]:
-        """Tokens drawn in the previous step on one rank and needed on another. All ranks of the world call it."""
-        if not requests:
-            return {}
-        tokens = torch.tensor([self._drawn.get(request, -1) for request in requests])
-        dist.all_reduce(tokens, op=dist.ReduceOp.MAX)
-        return dict(zip(requests, tokens.tolist(), strict=True))
 
     def _sample(self, batch: LocalBatch, hidden: torch.Tensor) -> list[SampledToken]:
         """Ranks that share a vocabulary compute logits together and draw the same; the first of them reports."""
@@ -236,6 +232,15 @@ class Worker:
         if num_pages < 1:
             raise ValueError(f"no room for a single KV page of {per_page} bytes: raise --mem-fraction-static")
         return num_pages
+
+
+def _moved(requests: list[int], drawn: Mapping[int, int]) -> dict[int, int]:
+    """Tokens drawn in the previous step on one rank and needed on another. All ranks of the world call it."""
+    if not requests:
+        return {}
+    tokens = torch.tensor([drawn.get(request, -1) for request in requests])
+    dist.all_reduce(tokens, op=dist.ReduceOp.MAX)
+    return dict(zip(requests, tokens.tolist(), strict=True))
 
 
 def serve(worker: Worker, socket: zmq.Socket[bytes]) -> None:

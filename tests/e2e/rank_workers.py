@@ -45,10 +45,12 @@ def build(rank: int, size: int, config: BackendConfig, machine: Machine | None =
     return _worker["it"].ready().plan_digests
 
 
-def step(rank: int, size: int, steps: list[Step], with_logits: bool) -> tuple[StepResult, Logits]:
-    """A step on one rank, and the logits of every row that it computes."""
+def step(rank: int, size: int, steps: list[Step | None], with_logits: bool) -> tuple[StepResult | None, Logits]:
+    """A step on one rank, and the logits of every row that it computes; None: it has no part in the step."""
     worker = _worker["it"]
     mine = steps[rank % len(steps)]
+    if mine is None:
+        return None, {}
     batch, hidden = worker.forward(mine)
     logits: Logits = {}
     if with_logits and len(hidden):
@@ -66,9 +68,9 @@ class RankWorkers:
         digests = run_on_ranks(config.world_size, build, config, machine)
         assert all(digest == digests[0] for digest in digests)
 
-    def submit(self, steps: list[Step]) -> None:
+    def submit(self, steps: list[Step | None]) -> None:
         answers = run_on_ranks(self._config.world_size, step, steps, self.logits is not None)
-        self._results.append([result for result, _ in answers])
+        self._results.append([result for result, _ in answers if result is not None])
         for _, logits in answers:
             if self.logits is not None:
                 self.logits |= logits

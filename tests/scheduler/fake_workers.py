@@ -65,10 +65,10 @@ class Clock:
 
 @dataclass
 class Table:
-    """A request's pages as the workers were told."""
+    """A request's pages as one rank was told: the owners of all, the indices of its own."""
 
     owners: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
+    own: list[int] = field(default_factory=list)
 
 
 class FakeWorkers:
@@ -83,42 +83,48 @@ class FakeWorkers:
         self.config = config
         self.strategies = {config.strategy}  # that spread prompts may run
         self.clock = clock or Clock()
-        self.steps: list[Step] = []  # what rank 0 was told
+        self.steps: list[Step] = []  # with every sequence once, as the first rank was told that has a part in it
+        self.ranks: list[list[int]] = []  # that took part in each
+        self.idle_seconds = 0.0  # that each worker tells
         self._seconds = seconds
         self._memory = np.full((config.sp_size, pages_per_rank, config.page_size), -1)
-        self._tables: dict[int, Table] = {}
+        self._tables: list[dict[int, Table]] = [{} for _ in range(config.sp_size)]
         self._results: deque[tuple[float, list[StepResult]]] = deque()  # with the time at which they arrive
-        self._drawn: list[dict[int, int]] = [{} for _ in range(config.sp_size)]  # by each rank's previous step
+        self._drawn: list[dict[int, int]] = [{} for _ in range(config.sp_size)]  # by each rank in the previous step
 
-    def submit(self, steps: list[Step]) -> None:
+    def submit(self, steps: list[Step | None]) -> None:
         assert len(self._results) < 2, "one step runs, one waits"
         assert len(steps) == self.config.sp_size
-        steps = [decode_command(encode(step)) for step in steps]  # type: ignore[misc]
-        self.steps.append(steps[0])
-        steps = self._put_drawn_tokens_in(steps)
-        for request_id in steps[0].release:
-            del self._tables[request_id]
-        assert all(step.release == steps[0].release for step in steps)
+        told: dict[int, Step] = {r: decode_command(encode(step)) for r, step in enumerate(steps) if step}  # type: ignore[misc]
+        self.ranks.append(list(told))
+        self.steps.append(_joined(told))
+        told = self._put_drawn_tokens_in(told)
+        for rank, step in told.items():
+            for request_id in step.release:
+                del self._tables[rank][request_id]
         sampled: list[SampledToken] = []
         pooled: list[list[PooledStates]] = [[] for _ in steps]
         tokens, pairs = np.zeros(self.config.sp_size), np.zeros(self.config.sp_size)
-        assert self.config.layout == "tokens" or len(steps[0].groups) == 1
-        for parts in zip(*(step.groups for step in steps), strict=True):
-            for sequences in zip(*(group.sequences for group in parts), strict=True):
-                sampled += self._run(parts[0], sequences)
-                self._pool(sequences, pooled)
-                self._count_work(sequences[0], tokens, pairs)
+        assert self.config.layout == "tokens" or len(self.steps[-1].groups) == 1
+        for group in self.steps[-1].groups:
+            for sequence in group.sequences:
+                parts = _parts(told, group.plan, sequence.request_id)
+                assert list(parts) == ([sequence.home] if group.plan == "local" else list(range(self.config.sp_size)))
+                sampled += self._run(group.plan, parts)
+                self._pool(parts, pooled)
+                self._count_work(sequence, tokens, pairs)
         seconds = self._seconds(tokens.max(), pairs.max())
         begins = max([self.clock.now, *(arrival for arrival, _ in self._results)])
+        ranks = [rank for rank in range(self.config.world_size) if rank % self.config.sp_size in told]
         results = [
             self._result(
-                steps[0].step_id,
+                self.steps[-1].step_id,
                 rank,
-                sampled if rank == 0 else [],
+                sampled if rank == ranks[0] else [],
                 seconds,
                 pooled[rank] if rank < self.config.sp_size else [],  # other TP ranks have the same states
             )
-            for rank in range(self.config.world_size)
+            for rank in ranks
         ]
         self._results.append((begins + seconds, results))
 
@@ -130,37 +136,38 @@ class FakeWorkers:
         self.clock.now = max(self.clock.now, arrival)
         return results
 
-    def held_pages(self) -> set[tuple[int, int]]:
-        return {page for t in self._tables.values() for page in zip(t.owners, t.pages, strict=True)}
-
-    def _put_drawn_tokens_in(self, steps: list[Step]) -> list[Step]:
+    def _put_drawn_tokens_in(self, steps: dict[int, Step]) -> dict[int, Step]:
         """Each rank knows what it has drawn in the step before, and what it is told with `moved`."""
-        assert all(step.moved == steps[0].moved for step in steps)
+        first = next(iter(steps.values()))
+        assert all(step.moved == first.moved for step in steps.values())
+        assert not first.moved or len(steps) == self.config.sp_size, "all ranks tell each other what moves"
         moved = {request_id: token for drawn in self._drawn for request_id, token in drawn.items()}
-        moved = {request_id: moved[request_id] for request_id in steps[0].moved}
-        filled = [fill_in(step, drawn | moved) for step, drawn in zip(steps, self._drawn, strict=True)]
-        self._drawn = [{} for _ in steps]
+        moved = {request_id: moved[request_id] for request_id in first.moved}
+        filled = {rank: fill_in(step, self._drawn[rank] | moved) for rank, step in steps.items()}
+        self._drawn = [{} for _ in self._drawn]
         return filled
 
-    def _run(self, group: Group, parts: tuple[SequenceStep, ...]) -> list[SampledToken]:
-        first, ps = parts[0], self.config.page_size
-        for part in parts:
-            same = ("request_id", "start", "num_new", "home", "degree", "page_owners")
-            assert all(getattr(part, name) == getattr(first, name) for name in same)
-        table = self._tables.setdefault(first.request_id, Table())
-        indices = [list(np.frombuffer(part.pages, "<i4")) for part in parts]
-        for owner in first.page_owners:
-            table.owners.append(owner)
-            table.pages.append(int(indices[owner].pop(0)))
-        assert not any(indices), "pages go to their owner only"
+    def _run(self, plan: str, parts: dict[int, SequenceStep]) -> list[SampledToken]:
+        first, ps = next(iter(parts.values())), self.config.page_size
         end = first.start + first.num_new
-        assert first.num_new > 0 and len(table.pages) == -(-end // ps), "a page for every token, and no more"
-        self._check_plan(group.plan, first, table)
-        self._write(parts, table)
-        history = self._memory[table.owners, table.pages].ravel()[:end]
-        if not any(part.sampling for part in parts):
+        for rank, part in parts.items():
+            same = ("request_id", "start", "num_new", "home", "degree")
+            assert all(getattr(part, name) == getattr(first, name) for name in same)
+            table = self._tables[rank].setdefault(first.request_id, Table())
+            table.owners += part.page_owners
+            table.own += np.frombuffer(part.pages, "<i4").tolist()
+            assert table.owners.count(rank) == len(table.own), "pages go to their owner only"
+            assert len(table.owners) == -(-end // ps), "a page for every token, and no more"
+        owners = self._tables[next(iter(parts))][first.request_id].owners
+        assert all(self._tables[rank][first.request_id].owners == owners for rank in parts)
+        assert first.num_new > 0
+        self._check_plan(plan, first, owners)
+        pages = self._pages(first.request_id, owners)
+        self._write(parts, owners, pages)
+        history = self._memory[owners, pages].ravel()[:end]
+        if not any(part.sampling for part in parts.values()):
             return []
-        sampling = next(part.sampling for part in parts if part.sampling)
+        sampling = next(part.sampling for part in parts.values() if part.sampling)
         assert sampling is not None
         if sampling.repetition_penalty != 1.0:
             assert np.array_equal(np.frombuffer(sampling.context, "<i4"), history)
@@ -170,35 +177,40 @@ class FakeWorkers:
         else:
             assert not sampling.context
         token = next_token(history, sampling.banned, sampling.seed)
-        for part, drawn in zip(parts, self._drawn, strict=True):
+        for rank, part in parts.items():
             if part.sampling:
-                drawn[first.request_id] = token
+                self._drawn[rank][first.request_id] = token
         return [SampledToken(first.request_id, token)]
 
-    def _pool(self, parts: tuple[SequenceStep, ...], pooled: list[list[PooledStates]]) -> None:
+    def _pages(self, request_id: int, owners: list[int]) -> list[int]:
+        """Their indices, each on the rank that owns it."""
+        own = {rank: iter(self._tables[rank][request_id].own) for rank in set(owners)}
+        return [next(own[rank]) for rank in owners]
+
+    def _pool(self, parts: dict[int, SequenceStep], pooled: list[list[PooledStates]]) -> None:
         """What each rank tells of an embedding's tokens that it computed."""
-        for rank, part in enumerate(parts[:1] if self.config.layout == "heads" else parts):
+        for rank, part in list(parts.items())[: 1 if self.config.layout == "heads" else None]:
             ids = np.frombuffer(part.tokens, "<i4")
             if part.pooling == "last":
-                holds_last = self.config.layout == "heads" or self._tables[part.request_id].owners[-1] == rank
+                holds_last = self.config.layout == "heads" or self._tables[rank][part.request_id].owners[-1] == rank
                 ids = ids[-1:] if holds_last else ids[:0]
             if part.pooling is not None and len(ids):
                 states = np.array([ids.sum(), len(ids)], "<f4")
                 pooled[rank].append(PooledStates(part.request_id, states.tobytes()))
 
-    def _check_plan(self, plan: str, part: SequenceStep, table: Table) -> None:
+    def _check_plan(self, plan: str, part: SequenceStep, owners: list[int]) -> None:
         ps, heads = self.config.page_size, self.config.layout == "heads" and self.config.sp_size > 1
         assert self.config.causal or part.start == 0, "under a full mask nothing is cached, and nothing is cut"
-        new_owners = table.owners[part.start // ps :]
+        new_owners = owners[part.start // ps :]
         if part.degree > 1:
             layout = self._layout(part.degree)
             assert plan.partition("@")[0] in self.strategies and part.start % ps == 0
             assert tuple(new_owners) == layout.page_ranks(part.num_new, ps, part.home // part.degree)
             group = range(part.home, part.home + part.degree)
-            assert part.degree == self.config.sp_size or set(table.owners) <= set(group), "it sees no other history"
+            assert part.degree == self.config.sp_size or set(owners) <= set(group), "it sees no other history"
         else:
             assert set(new_owners) == {part.home}
-            at_home = set(table.owners) == {part.home} and not heads
+            at_home = set(owners) == {part.home} and not heads
             assert plan == ("local" if at_home else "decode")
 
     def _layout(self, degree: int) -> Layout:
@@ -206,25 +218,26 @@ class FakeWorkers:
         history: History = "all" if degree == self.config.sp_size else "own"
         return Layout(self.config.sp_size, kind, self.config.sp_size, 1, history=history, degree=degree)
 
-    def _write(self, parts: tuple[SequenceStep, ...], table: Table) -> None:
+    def _write(self, parts: dict[int, SequenceStep], owners: list[int], pages: list[int]) -> None:
         ps, heads = self.config.page_size, self.config.layout == "heads" and self.config.sp_size > 1
-        first = parts[0]
-        given = [list(np.frombuffer(part.tokens, "<i4")) for part in parts]
+        first = next(iter(parts.values()))
+        given = {rank: list(np.frombuffer(part.tokens, "<i4")) for rank, part in parts.items()}
         shared = [
-            page
-            for request_id, other in self._tables.items()
+            (rank, page)
+            for rank in parts
+            for request_id, other in self._tables[rank].items()
             if request_id != first.request_id
-            for page in zip(other.owners, other.pages, strict=True)
+            for page in other.own
         ]
         for position in range(first.start, first.start + first.num_new):
-            owner, page = table.owners[position // ps], table.pages[position // ps]
+            owner, page = owners[position // ps], pages[position // ps]
             token = given[owner].pop(0)
             self._memory[owner, page, position % ps] = token
             if heads:
-                assert all(given[r].pop(0) == token for r in range(len(parts)) if r != owner)
+                assert all(given[r].pop(0) == token for r in parts if r != owner)
             if position % ps == 0 or position == first.start:
                 assert (owner, page) not in shared, "a page that others read is never written"
-        assert not any(given), "tokens go only to the ranks that compute them"
+        assert not any(given.values()), "tokens go only to the ranks that compute them"
 
     def _count_work(self, part: SequenceStep, tokens: np.ndarray, pairs: np.ndarray) -> None:
         ranks = slice(part.home, part.home + part.degree)
@@ -234,4 +247,28 @@ class FakeWorkers:
     def _result(
         self, step_id: int, rank: int, tokens: list[SampledToken], seconds: float, pooled: list[PooledStates]
     ) -> StepResult:
-        return StepResult(step_id, rank, tokens, seconds, 0, 0, 0.0, pooled)
+        return StepResult(step_id, rank, tokens, seconds, 0, 0, 0.0, pooled, self.idle_seconds)
+
+
+def _joined(steps: dict[int, Step]) -> Step:
+    """Every sequence once."""
+    first = next(iter(steps.values()))
+    plans: dict[str, dict[int, SequenceStep]] = {}
+    for step in steps.values():
+        for group in step.groups:
+            for part in group.sequences:
+                plans.setdefault(group.plan, {}).setdefault(part.request_id, part)
+    return Step(
+        first.step_id, [Group(plan, list(parts.values())) for plan, parts in plans.items()], first.release, first.moved
+    )
+
+
+def _parts(steps: dict[int, Step], plan: str, request_id: int) -> dict[int, SequenceStep]:
+    """A sequence as each rank is told of it."""
+    return {
+        rank: part
+        for rank, step in steps.items()
+        for group in step.groups
+        for part in group.sequences
+        if group.plan == plan and part.request_id == request_id
+    }

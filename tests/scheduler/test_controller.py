@@ -256,13 +256,16 @@ def test_log_lines_read_like_sglang(caplog: pytest.LogCaptureFixture) -> None:
     for n in range(2):
         harness.submit(f"r{n}", [n] * 10, 12)
     harness.run()
-    lines = [record.message for record in caplog.records]
-    assert lines[0] == (
+    assert harness.workers.clock.now == pytest.approx(1.2)
+    harness.submit("next", [9] * 10, 1)
+    harness.run()
+    first, decode, second = [record.message for record in caplog.records]
+    assert first == (
         "Prefill batch, #new-seq: 2, #new-token: 20, #cached-token: 0, token usage: 0.01, #running-req: 2, "
-        "#queue-req: 0, input throughput (token/s): 200.00"
+        "#queue-req: 0, input throughput (token/s): 0.00"
     )
-    assert lines[1].startswith("Decode batch, #running-req: 2, #token: ")
-    assert "gen throughput (token/s): " in lines[1] and len(lines) == 2
+    assert decode.startswith("Decode batch, #running-req: 2, #token: ") and "gen throughput (token/s): " in decode
+    assert second.endswith(f"input throughput (token/s): {20 / 1.2:.2f}")
 
 
 def test_streams_on_one_prefix_take_turns_rather_than_read_more_than_the_cache_holds() -> None:

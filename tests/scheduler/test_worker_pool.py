@@ -44,6 +44,12 @@ def test_steps_reach_every_rank_and_results_come_back_by_rank() -> None:
             results = pool.poll(5.0)
             assert results is not None and [r.rank for r in results] == [0, 1, 2, 3]
             assert all(r.step_id == step_id for r in results)
+        pool.submit([None, Step(3, [])])
+        pool.submit([Step(4, []), None])
+        assert [[(r.step_id, r.rank) for r in pool.poll(5.0) or ()] for _ in range(2)] == [
+            [(3, 1), (3, 3)],
+            [(4, 0), (4, 2)],
+        ]
 
 
 @pytest.mark.parametrize(
