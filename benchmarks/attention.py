@@ -7,16 +7,11 @@ product and a plain read. One core is timed by processor time; ranks by the cloc
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -27,6 +22,7 @@ from benchmarks import peers
 from benchmarks.attention_peers import measure as measure_peers
 from benchmarks.attention_ranks import Shape
 from benchmarks.attention_ranks import measure as measure_ranks
+from benchmarks.command import parser_of, write_results
 from sp_backend.kernels import HeadMap, Span, Work, get_kernel
 from sp_backend.native import choose_kernel
 
@@ -128,7 +124,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser = parser_of("benchmarks.attention", __doc__, server_args=None)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and turns: under a minute")
     parser.add_argument("--rounds", type=int, default=None, help="turns (default: 5; --quick: 3)")
     parser.add_argument(
@@ -137,7 +133,6 @@ def main() -> None:
     parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="TOKENS", help="(default: 4k to 32k; --quick: 4k, 8k)"
     )
-    parser.add_argument("--json", help="write the results here")
     parser.add_argument("--plot", help="draw the rates of the kernel and of the peers here")
     args = parser.parse_args()
     name, why = choose_kernel()
@@ -158,12 +153,8 @@ def main() -> None:
         found = MEASURES[kind](shape, tokens, rounds)
         results.setdefault(kind, []).append(found)
         tqdm.write(f"{kind}: {json.dumps(found)}")
-    if args.json:
-        about = {"date": date.today().isoformat(), "command": " ".join(sys.orig_argv), "rounds": rounds}
-        about |= {"machine": platform.machine(), "torch": torch.__version__}
-        if "peers" in args.only:
-            about["peers"] = peers.versions("torch", "yunchang")
-        Path(args.json).write_text(json.dumps({**about, **results}, indent=1))
+    versions = peers.versions("torch", "yunchang") if "peers" in args.only else {}
+    write_results(args.json, {"rounds": rounds, "peers_installed": versions, **results})
     if args.plot and {"kernel", "peers"} & set(args.only):
         plot(results, args.plot)
 

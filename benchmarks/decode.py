@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import statistics
 import sys
 from collections import deque
@@ -21,6 +20,7 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.command import parser_of, write_results
 from benchmarks.launched import LaunchedServer
 from benchmarks.streams import SETTLE, inter_token_seconds, stream
 from scheduler.controller import Controller
@@ -36,22 +36,19 @@ Times = dict[tuple[int, int], dict[str, list[float]]]  # (context, streams) -> l
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.decode", __doc__, "flags (default: --sp-size 2 --threads-per-rank 1)")
     parser.add_argument("--streams", type=int, nargs="+", default=(1, 2, 4, 8, 16), metavar="N")
     parser.add_argument("--contexts", type=int, nargs="+", default=(128, 32768), metavar="TOKENS")
     parser.add_argument("--tokens", type=int, default=64, help="of each stream (default: 64)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="1 and 16 streams, contexts 128 and 4096, 2 rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
-    parser.add_argument("server_args", nargs="*", help="after --: flags (default: --sp-size 2 --threads-per-rank 1)")
     args = parser.parse_args(argv)
     if args.quick:
         args.streams, args.contexts, args.rounds, args.tokens = (1, 16), (128, 4096), 2, 40
     times = measure(args.server_args or ["--sp-size", "2", "--threads-per-rank", "1"], args)
     report(times)
-    if args.json:
-        args.json.write_text(json.dumps(as_json(times), indent=2) + "\n")
+    write_results(args.json, as_json(times))
     if args.plot:
         plot(args.plot, times)
     return 0
@@ -164,7 +161,7 @@ def report(times: Times) -> None:
 
 def as_json(times: Times) -> dict[str, object]:
     rows = [{"context": context, "streams": n, "seconds": row} for (context, n), row in times.items()]
-    return {"command": " ".join(sys.orig_argv), "inter_token": rows}
+    return {"inter_token": rows}
 
 
 def plot(file: Path, times: Times) -> None:

@@ -6,8 +6,6 @@ exit code is 1 if one differs. (Short prompts, and every model family against tr
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import sysconfig
 import time
@@ -17,6 +15,7 @@ from pathlib import Path
 import httpx
 from tqdm import tqdm
 
+from benchmarks.command import parser_of, write_results
 from benchmarks.launched import LaunchedServer
 from server.arguments import STRATEGIES
 
@@ -29,13 +28,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.greedy", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.greedy", __doc__)
     parser.add_argument("--sp-sizes", type=int, nargs="+", default=(2, 3, 4), metavar="N")
     parser.add_argument("--setups", nargs="+", choices=VARIANTS, default=tuple(VARIANTS), metavar="NAME")
     parser.add_argument("--lengths", type=int, nargs="+", default=(2000, 8000), metavar="TOKENS")
     parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("server_args", nargs="*", help="after --: further flags of every server")
     args = parser.parse_args(argv)
     setups = {"sp 1": ("--sp-size", "1")} | {
         f"sp {n}, {name}": ("--sp-size", str(n), *VARIANTS[name]) for n in args.sp_sizes for name in args.setups
@@ -49,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = expected or texts
         rows.append({"setup": label, "equal": texts == expected, "seconds": time.perf_counter() - began})
         tqdm.write(f"{label:28} {'equal' if texts == expected else 'DIFFERENT'}")
-    if args.json:
-        command = " ".join(sys.orig_argv)
-        args.json.write_text(json.dumps({"command": command, "expected": expected, "rows": rows}, indent=2) + "\n")
+    write_results(args.json, {"expected": expected, "rows": rows})
     return int(not all(row["equal"] for row in rows))
 
 

@@ -6,35 +6,30 @@ the long prefill, and the time to first token of the long prompt.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import httpx
 import numpy as np
 
+from benchmarks.command import parser_of, write_results
 from benchmarks.launched import LaunchedServer
 
 TOKENS_BEFORE = 100  # that each stream has got when the long prompt arrives
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.interference", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.interference", __doc__, "flags of the server (default: --sp-size 2)")
     parser.add_argument("--prompt-tokens", type=int, default=65536, help="of the long prompt")
     parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("server_args", nargs="*", help="after --: flags of the server (default: --sp-size 2)")
     args = parser.parse_args(argv)
     with LaunchedServer(*(args.server_args or ["--sp-size", "2"])) as server:
         result = asyncio.run(measure(server.url, args.prompt_tokens, args.streams))
     for name, value in result.items():
         print(f"{name:>32}: {value:.3f}")
-    if args.json:
-        args.json.write_text(json.dumps({"command": " ".join(sys.orig_argv), **result}, indent=2) + "\n")
+    write_results(args.json, result)
     return 0
 
 

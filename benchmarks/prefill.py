@@ -2,7 +2,8 @@
 
 The servers to be compared are up at the same time and are asked in turn, so that a busy moment of the machine hits
 all of them. Each request is a prompt of its own, on an idle server. `--compare peers` adds
-`transformers` on the same weights, as a library without HTTP, from the environment of `make bench-peers`.
+`transformers` and `llama.cpp` on the same weights, as libraries without HTTP, from the environment of
+`make bench-peers`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,10 @@ import argparse
 import contextlib
 import io
 import json
-import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ import matplotlib
 from tqdm import tqdm
 
 from benchmarks import peers
+from benchmarks.command import parser_of, write_results
 from benchmarks.launched import LaunchedServer
-from benchmarks.prefill_peers import NAMES, Peer, matrix_rate, model_flops, write_model
+from benchmarks.prefill_peers import PACKAGES, Peer, check_same_model, matrix_rate, model_flops, write_model
 from server import loadtest
 from server.arguments import STRATEGIES
 from sp_backend.models.config import ModelConfig
@@ -74,12 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(reason)
     with contextlib.ExitStack() as stack:
         flags, model = args.server_args, None
-        libraries: dict[str, LaunchedServer | Peer] = {}
+        libraries: dict[str, Peer] = {}
         if args.compare == "peers":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             model = write_model(folder)
             flags = ["--model-path", str(folder), *flags]
-            libraries = {f"{name}, 2 threads": stack.enter_context(Peer(name, folder)) for name in NAMES}
+            libraries = {f"{name}, 2 threads": stack.enter_context(Peer(name, folder)) for name in PACKAGES}
+            check_same_model(list(libraries.values()))
         servers = {
             label: stack.enter_context(LaunchedServer(*setup, *flags)) for label, setup in SETUPS[args.compare].items()
         }
@@ -90,23 +90,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     report(times, ranks)
     if model is not None:
         report_efficiency(times, rates, model)
-    if args.json:
-        args.json.write_text(json.dumps(as_json(args, times, ranks, rates), indent=2) + "\n")
+    write_results(args.json, as_json(args, times, ranks, rates))
     if args.plot:
         plot(args.plot, times)
     return 0
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.prefill", __doc__)
     parser.add_argument("--compare", choices=tuple(SETUPS), default="sp")
     parser.add_argument("--quick", action="store_true", help="two short lengths, once")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=3, help="rounds over the lengths (default: 3)")
     parser.add_argument("--long", type=int, default=32768, help="lengths above this are run once (default: 32768)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
-    parser.add_argument("server_args", nargs="*", help="after --: further flags of every server")
     return parser
 
 
@@ -195,11 +192,7 @@ def as_json(
     rates: Rates,
 ) -> dict[str, Any]:
     return {
-        "date": date.today().isoformat(),
-        "command": " ".join(sys.orig_argv),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "peers": peers.versions("torch", *NAMES) if args.compare == "peers" else {},
+        "peers": peers.versions("torch", *PACKAGES.values()) if args.compare == "peers" else {},
         "server_args": args.server_args,
         "matrix_flops_per_core": rates,
         "ttft_seconds": times,

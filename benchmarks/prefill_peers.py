@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -20,7 +20,8 @@ from sp_backend.models.config import ModelConfig
 from sp_backend.models.weights import fill_dummy, tensor_specs
 from sp_backend.parallel import Shard
 
-NAMES = ("transformers",)
+PACKAGES = {"transformers": "transformers", "llama.cpp": "llama-cpp-python"}
+SAME = 0.05  # relative RMS difference of two libraries' logits in bf16
 SHAPE: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -61,11 +62,12 @@ class Peer:
         self._name = name
         self._command = [str(PYTHON), str(script), name, str(folder), str(threads)]
 
+    def __str__(self) -> str:
+        return self._name
+
     def __enter__(self) -> Peer:
         self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if self._answer() != "ready":
-            self._process.kill()
-            raise RuntimeError(f"{self._name} does not run in {PYTHON.parent.parent}: see above")
+        self.logits = np.array(json.loads(self._answer()))
         return self
 
     def __exit__(
@@ -79,12 +81,24 @@ class Peer:
         prompt = np.random.default_rng(seed).integers(100, 32000, prompt_tokens)
         assert self._process.stdin
         print(json.dumps(prompt.tolist()), file=self._process.stdin, flush=True)
-        seconds, _ = json.loads(self._answer())
-        return float(seconds)
+        return float(self._answer())
 
     def _answer(self) -> str:
         assert self._process.stdout
-        return self._process.stdout.readline().strip()
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait(10)
+            raise RuntimeError(f"{self._name} does not run in {PYTHON.parent.parent}: see above")
+        return line
+
+
+def check_same_model(peers: Sequence[Peer]) -> None:
+    """RuntimeError if the logits of one differ from the first's by more than bf16 explains."""
+    first = peers[0].logits
+    for peer in peers:
+        difference = np.linalg.norm(peer.logits - first) / np.linalg.norm(first)
+        if difference > SAME:
+            raise RuntimeError(f"{peer} computes another model than {peers[0]}: logits differ by {difference:.1%}")
 
 
 def model_flops(model: ModelConfig, tokens: int) -> float:

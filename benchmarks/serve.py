@@ -7,9 +7,7 @@ run and while a long prompt is prefilled. (Time between tokens against the bare 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.command import parser_of, write_results
 from benchmarks.decode import make_prompts
 from benchmarks.launched import LaunchedServer
 from benchmarks.prefill import ONE_THREAD, Times, measure, plot, time_to_first_token
@@ -45,16 +44,14 @@ class Idle:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.serve", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=5, help=f"rounds over lengths from {SHORT} tokens (default: 5)")
     parser.add_argument("--short-repeats", type=int, default=21, help="rounds over shorter ones (default: 21)")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--prefill-tokens", type=int, default=32768, help="of the prompt whose steps are looked at")
     parser.add_argument("--quick", action="store_true", help="few lengths, up to 4096 tokens")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
-    parser.add_argument("server_args", nargs="*", help="after --: further flags of every server")
     args = parser.parse_args(argv)
     if args.quick:
         args.lengths, args.repeats, args.short_repeats, args.prefill_tokens = (16, 256, 1024, 4096), 2, 3, 16384
@@ -66,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         times = measure(servers, short, args.short_repeats, SHORT) | measure(servers, long, args.repeats, 32768)
         idle = idle_times(servers[AUTO], args.streams, args.prefill_tokens)
     report(times, idle)
-    if args.json:
-        args.json.write_text(json.dumps(as_json(times, idle), indent=2) + "\n")
+    write_results(args.json, as_json(times, idle))
     if args.plot:
         plot(args.plot, times)
     return 0
@@ -132,7 +128,6 @@ def report(times: Times, idle: dict[str, Idle]) -> None:
 
 def as_json(times: Times, idle: dict[str, Idle]) -> dict[str, object]:
     return {
-        "command": " ".join(sys.orig_argv),
         "ttft_seconds": times,
         "ratios_of_auto": ratios(times),
         "idle": {

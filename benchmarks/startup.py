@@ -5,26 +5,22 @@ What is compiled at first use is compiled before the first round.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 from tqdm import trange
 
+from benchmarks.command import parser_of, write_results
 from benchmarks.launched import LaunchedServer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.startup", __doc__, "flags of the server (default: --sp-size 2)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="once")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("server_args", nargs="*", help="after --: flags of the server (default: --sp-size 2)")
     args = parser.parse_args(argv)
     flags = args.server_args or ["--sp-size", "2"]
     start(flags)
@@ -33,9 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"ready after {statistics.median(seconds):.2f} s (median; {min(seconds):.2f} to {max(seconds):.2f})")
     for number, name in enumerate(["server", *(f"rank {i}" for i in range(len(rounds[0][1]) - 1))]):
         print(f"  CPU time of the {name}: {statistics.median(cpu[number] for _, cpu in rounds):.2f} s")
-    if args.json:
-        report = {"server_args": flags, "ready_seconds": seconds, "cpu_seconds": [cpu for _, cpu in rounds]}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    cpu_seconds = [cpu for _, cpu in rounds]
+    write_results(args.json, {"server_args": flags, "ready_seconds": seconds, "cpu_seconds": cpu_seconds})
     return 0
 
 

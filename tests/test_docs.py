@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -18,6 +19,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "serv
 NOT_RUN = {  # command -> why
     "make test": "it is what runs this",
     "python3 -m venv": "it fetches from PyTorch's own index",
+    "make bench-peers": "it fetches and compiles other libraries",
+    "python -m benchmarks.prefill --compare peers": "it needs them",
+    "python -m benchmarks.attention --only peers": "it needs them",
     "pip install -e": "it fetches SGLang and what it pins: several GB",
     "python -m sglang.launch_server": "tests/sglang serves with these flags",
     "PYTHONPATH=tests/sglang/shims": "it needs SGLang",
@@ -29,10 +33,13 @@ QUICKER = {  # module -> flags that make it quick
     "benchmarks.decode": "--contexts 64 --streams 1 2 --rounds 1 --tokens 24",
     "benchmarks.serve": "--lengths 16 600 --repeats 1 --short-repeats 1 --streams 4 --prefill-tokens 1000",
     "benchmarks.greedy": "--sp-sizes 2 --output-tokens 4 --setups auto sharded_q",
+    "benchmarks.attention": "--only kernel ranks --lengths 512 8192 --rounds 1 --quick",
+    "benchmarks.startup": "--quick",
     "benchmarks.planner": "--repeats 1 --seconds 0",
     "benchmarks.published": "--ranks 2 --tokens 256 --repeats 1",
 }
-WITHOUT_SERVER = {"benchmarks.planner", "benchmarks.published"}
+WITHOUT_SERVER = {"benchmarks.attention", "benchmarks.planner", "benchmarks.published"}
+COMPILED = {"benchmarks.attention"}  # nothing to measure without the native kernel
 
 
 def commands() -> list[str]:
@@ -91,6 +98,8 @@ def test_torchrun_command(command: str, tmp_path: Path) -> None:
 def _run(words: list[str], folder: Path) -> str:
     """What the program prints."""
     env = {"PYTHONPATH": str(ROOT), "PATH": "", "XDG_CACHE_HOME": str(folder)}
+    if words[2] in COMPILED:
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
