@@ -29,6 +29,7 @@ from sp_backend.native import choose_kernel
 from sp_backend.planner import Planner
 from sp_backend.schedule import Schedule
 from sp_backend.shards import cut
+from sp_backend.state import AttentionState
 from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
 from sp_backend.transport import Transport
 from sp_backend.transport.gather import gather_bytes
@@ -74,11 +75,13 @@ class Batch(NamedTuple):
         if history is not None:
             layout, rank = self.executor.plan.layout, self.executor.rank
             held[layout.history_of(rank)] = torch.stack(history, 1)
-        states = self.executor.run(self.schedule, {c: q[rows] for c, rows in self.chunks.items()}, held)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        for chunk, rows in self.chunks.items():
-            target = rows if self.by_chunk is None else self.by_chunk[rows]
-            out[target], lse[target] = states[chunk].out.to(q.dtype), states[chunk].lse
+        state = AttentionState(torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32))
+        results = {c: state.rows(rows.start, rows.stop) for c, rows in self.chunks.items()}
+        self.executor.run(self.schedule, {c: q[rows] for c, rows in self.chunks.items()}, held, results=results)
+        if self.by_chunk is None:
+            return state.out, state.lse
+        out, lse = torch.empty_like(state.out), torch.empty_like(state.lse)
+        out[self.by_chunk], lse[self.by_chunk] = state.out, state.lse
         return out, lse
 
 

@@ -20,9 +20,10 @@ from sp_backend.buffers import BufferPool, adjacent_rows, as_bytes, join_rows
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import Kernel
 from sp_backend.kv_cache import Rows
-from sp_backend.layout import KV, STATE, Block, Heads, Q
+from sp_backend.layout import KV, STATE, Block, Q
 from sp_backend.plan import Plan
 from sp_backend.schedule import Envelope, KernelCall, Schedule, ScheduleBuilder, Section, Slice
+from sp_backend.slots import Slots
 from sp_backend.state import AttentionState
 from sp_backend.transport import Expected, Message, Receiving, Sending, Transport
 
@@ -90,7 +91,8 @@ class Executor:
         kv: Mapping[int, Tensor],
         pages: Tensor | None = None,
         keep: Keep | None = None,
-    ) -> dict[int, AttentionState]:
+        results: Mapping[int, AttentionState] | None = None,
+    ) -> Mapping[int, AttentionState]:
         """The state of every query chunk that ends on this rank.
 
         q: chunk -> [rows, heads, head_dim]; kv: chunk -> [rows, 2, kv_heads, head_dim], both in the model's
@@ -99,8 +101,9 @@ class Executor:
         pages: [slots, 2, kv_heads, head_dim] for a schedule with places. What has a place is attended there, and need
         not be in kv; if it is, it is sent from there.
         keep: is shown every KV block that came, once, as rows like those of kv; it has to copy them.
+        results: chunk -> where to write its state, `out` in any precision. None: new ones are made, in fp32.
         """
-        run = Run(self, schedule, q, kv, pages, keep)
+        run = Run(self, schedule, q, kv, pages, keep, results)
         for i in range(len(schedule.rounds)):
             run.post(i)
             run.attend(i)
@@ -143,8 +146,10 @@ class Run:
         kv: Mapping[int, Tensor],
         pages: Tensor | None = None,
         keep: Keep | None = None,
+        results: Mapping[int, AttentionState] | None = None,
     ) -> None:
         self._executor, self._schedule, self._pages, self._keep = executor, schedule, pages, keep
+        self._results = results
         self._held: dict[Block, Tensor] = {}
         for block in executor.program.start:
             tensor = (q if block.operand == Q else kv).get(block.chunk)
@@ -153,7 +158,7 @@ class Run:
                 self._held[block] = tensor
         self._arrivals: dict[Block, _Arrival] = {}
         self._arriving: list[_ArrivingState] = []
-        self._slots: dict[tuple[int, Heads], AttentionState] = {}
+        self._slots = Slots(executor.program.slots, schedule.rows, executor.head_dim, executor.pool)
         self._usable: list[_ArrivingState] = []  # asked for in an earlier round
         self._leaving = _Leaving()
         self._left = _Leaving()  # in the round before
@@ -189,15 +194,38 @@ class Run:
             self._drop(block)
         self._settle(self._left)
 
-    def finish(self) -> dict[int, AttentionState]:
-        for arriving in self._arriving:
-            self._fold_arrived(arriving)
+    def finish(self) -> Mapping[int, AttentionState]:
+        results = self._new_results() if self._results is None else self._results
+        for block in self._executor.program.finish:
+            last = None
+            for arriving in [a for a in self._arriving if a.section.use.block.chunk == block.chunk]:
+                if last is not None:
+                    self._fold_arrived(last)
+                last = arriving
+            self._finish(block, last, results[block.chunk])
         for block in list(self._arrivals):  # came to be kept alone
             self._drop(block)
         self._settle(self._leaving)
+        self._slots.clear()
         counters = self._executor.counters
         counters.query_key_pairs += self._schedule.query_key_pairs
-        return {b.chunk: self._state(b.chunk, b.heads) for b in self._executor.program.finish}
+        return results
+
+    def _new_results(self) -> dict[int, AttentionState]:
+        ex, blocks = self._executor, self._executor.program.finish
+        sizes = {b.chunk: (self._schedule.rows[b.chunk], b.heads[1] - b.heads[0]) for b in blocks}
+        return {chunk: AttentionState.empty(*size, ex.head_dim, ex.device) for chunk, size in sizes.items()}
+
+    def _finish(self, block: Block, last: _ArrivingState | None, target: AttentionState) -> None:
+        """Write a state to its place, merged with the last that came on the way there."""
+        if last is not None and last.section.use.block.heads != block.heads:
+            self._fold_arrived(last)
+            last = None
+        if last is None:
+            self._slots.finish(block, None, target)
+        else:
+            self._slots.finish(block, self._came(last), target)
+            self._release(last.arrival)
 
     def _expect(self, arrival: _Arrival) -> None:
         """Note the blocks of a message that was asked for."""
@@ -266,27 +294,8 @@ class Run:
         return self._pages if heads is None else self._pages[:, :, heads[0] : heads[1]]
 
     def _call(self, call: KernelCall) -> None:
-        into = self._filled(call)
-        state = call.attend(self._queries(call), self._keys(call), into)
+        self._slots.attend(call, self._queries(call), self._keys(call))
         self._executor.counters.kernel_calls += 1
-        if into is None:
-            for part in call.qs:
-                self._fold(part.block, state.rows(*part.rows).heads(*part.heads))
-
-    def _filled(self, call: KernelCall) -> AttentionState | None:
-        """The slots that a call adds to, as one state, if they hold something and lie together."""
-        if call.side_by_side:
-            return None
-        slots = []
-        for part in call.qs:
-            heads = self._executor.program.slots[part.block.chunk, part.block.heads]
-            if (part.block.chunk, heads) not in self._slots:
-                return None
-            slots.append(self._state(part.block.chunk, part.block.heads))
-        if len(slots) == 1:
-            return slots[0]
-        out, lse = adjacent_rows([slot.out for slot in slots]), adjacent_rows([slot.lse for slot in slots])
-        return None if out is None or lse is None else AttentionState(out, lse)
 
     def _queries(self, call: KernelCall) -> Tensor:
         """[rows, heads, head_dim] of a call."""
@@ -315,28 +324,12 @@ class Run:
             joined = torch.cat(parts, out=buffer.view(parts[0].dtype).view(shape))
         return joined
 
-    def _fold(self, block: Block, state: AttentionState) -> None:
-        """Merge a computed result into its slot; an empty slot that it fills takes over its memory."""
-        heads = self._executor.program.slots[block.chunk, block.heads]
-        if heads == block.heads and (block.chunk, heads) not in self._slots:
-            self._slots[block.chunk, heads] = state
-        else:
-            self._state(block.chunk, block.heads).merge_(state)
+    def _came(self, arriving: _ArrivingState) -> AttentionState:
+        return self._state_view(self._wait(arriving.arrival), arriving.section)
 
     def _fold_arrived(self, arriving: _ArrivingState) -> None:
-        block = arriving.section.use.block
-        came = self._state_view(self._wait(arriving.arrival), arriving.section)
-        self._state(block.chunk, block.heads).merge_(came)
+        self._slots.fold(arriving.section.use.block, self._came(arriving))
         self._release(arriving.arrival)
-
-    def _state(self, chunk: int, heads: Heads) -> AttentionState:
-        """A view of some heads of a slot, made if nothing is in it."""
-        lo, hi = self._executor.program.slots[chunk, heads]
-        if (chunk, (lo, hi)) not in self._slots:
-            rows, ex = self._schedule.rows[chunk], self._executor
-            self._slots[chunk, (lo, hi)] = AttentionState.empty(rows, hi - lo, ex.head_dim, ex.device)
-        slot = self._slots[chunk, (lo, hi)]
-        return slot if heads == (lo, hi) else slot.heads(heads[0] - lo, heads[1] - lo)
 
     def _move_state(self, section: Section, target: AttentionState) -> None:
         """Write a state into a message and empty its slot."""
@@ -344,15 +337,7 @@ class Run:
         for arriving in [a for a in self._arriving if a.section.use.block.chunk == block.chunk]:
             self._fold_arrived(arriving)
             self._arriving.remove(arriving)
-        state = self._state(block.chunk, block.heads)
-        target.out.copy_(state.out)
-        target.lse.copy_(state.lse)
-        heads = self._executor.program.slots[block.chunk, block.heads]
-        if heads == block.heads:
-            del self._slots[block.chunk, heads]
-        else:
-            state.out.zero_()
-            state.lse.fill_(-torch.inf)
+        self._slots.move(block, target)
 
     def _drop(self, block: Block) -> None:
         """Give up a received block, if it came at all."""

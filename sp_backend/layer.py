@@ -10,6 +10,7 @@ from sp_backend.batch import GroupRows, LocalBatch
 from sp_backend.execute import Executor
 from sp_backend.kv_cache import KVCache
 from sp_backend.schedule import Schedule
+from sp_backend.state import AttentionState
 
 
 class StepAttention:
@@ -30,17 +31,22 @@ class StepAttention:
             for window in set(windows)
         }
         self._schedules = [by_window[window] for window in windows]  # [layer][group]
+        self._attended: AttentionState | None = None  # of the last layer; its memory serves all
 
     @property
     def kv_rows(self) -> slice:
         return self._batch.kv_rows
 
     def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        """q [n, heads, head_dim] and kv [rows, 2, kv_heads, head_dim], rotated; gives [n, heads, head_dim]."""
-        out = torch.empty_like(q)
+        """q [n, heads, head_dim] and kv [rows, 2, kv_heads, head_dim], rotated; gives [n, heads, head_dim].
+
+        What it gives is overwritten by the next call.
+        """
+        if self._attended is None:
+            self._attended = AttentionState(torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32))
         for group, schedule in zip(self._batch.groups, self._schedules[layer], strict=True):
-            self._attend_group(layer, group, schedule, q, kv, out)
-        return out
+            self._attend_group(layer, group, schedule, q, kv, self._attended)
+        return self._attended.out
 
     def _attend_group(
         self,
@@ -49,11 +55,10 @@ class StepAttention:
         schedule: Schedule,
         q: torch.Tensor,
         kv: torch.Tensor,
-        out: torch.Tensor,
+        attended: AttentionState,
     ) -> None:
         self._cache.write(layer, group.own_slots, kv[group.own_rows])
         held = {chunk: kv[rows] for chunk, rows in group.kv_rows.items()}
         queries = {chunk: q[rows] for chunk, rows in group.q_rows.items()}
-        states = self._executors[group.plan].run(schedule, queries, held, self._cache.pages(layer))
-        for chunk, rows in group.q_rows.items():
-            out[rows] = states[chunk].out
+        results = {chunk: attended.rows(rows.start, rows.stop) for chunk, rows in group.q_rows.items()}
+        self._executors[group.plan].run(schedule, queries, held, self._cache.pages(layer), results=results)

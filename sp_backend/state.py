@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_PART = 1 << 18  # numbers of out merged at a time
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionState:
@@ -27,13 +29,37 @@ class AttentionState:
 
     def merge_(self, other: AttentionState) -> AttentionState:
         """Merge `other`, whose out may be in a lower precision, into this state's own memory."""
+        return self.merge_to(other, self)
+
+    def merge_to(self, other: AttentionState, target: AttentionState) -> AttentionState:
+        """Write this state merged with `other` to `target`, which may be this one. The outs of both may be in a lower
+        precision. A part at a time: what is made in between stays in the cache."""
         top = torch.maximum(self.lse, other.lse)
         shift = top.masked_fill(top == -torch.inf, 0.0)
         theirs = torch.exp(other.lse - shift)
         total = torch.exp(self.lse - shift).add_(theirs)  # in [1, 2], or 0 where both are empty
-        self.lse.copy_(total.log().add_(shift))
-        share = theirs.div_(total.clamp_(min=1.0))
-        self.out.lerp_(other.out.to(self.out.dtype), share.unsqueeze(-1))
+        target.lse.copy_(total.log().add_(shift))
+        share = theirs.div_(total.clamp_(min=1.0)).unsqueeze(-1)
+        rows = max(1, _PART // max(1, self.out[:1].numel()))
+        for mine, came, weight, into in zip(
+            *(torch.split(x, rows) for x in (self.out, other.out, share, target.out)), strict=True
+        ):
+            if target is self:
+                mine.lerp_(came.to(mine.dtype), weight)
+            else:
+                into.copy_(torch.lerp(mine, came.to(mine.dtype), weight))
+        return target
+
+    def copy_(self, other: AttentionState) -> AttentionState:
+        """Overwrite this state's own memory, in its own precision."""
+        self.out.copy_(other.out)
+        self.lse.copy_(other.lse)
+        return self
+
+    def clear_(self) -> AttentionState:
+        """Forget all keys."""
+        self.out.zero_()
+        self.lse.fill_(-torch.inf)
         return self
 
     def heads(self, first: int, last: int) -> AttentionState:

@@ -93,13 +93,14 @@ class Work:
 class Attention(Protocol):
     """One layer's attention, by a kernel that knows its work."""
 
-    def __call__(self, q: Tensor, kv: Tensor, into: AttentionState | None = None) -> AttentionState:
+    def __call__(self, q: Tensor, kv: Tensor, into: AttentionState | None = None, merge: bool = True) -> AttentionState:
         """The state of all query rows.
 
         q: [queries, heads, head_dim]. kv: [keys, 2, kv_heads, head_dim] or, where the work has `k_rows`, all that they
         may point at, such as a layer's pages. Both may be strided, except along head_dim.
         into: a state of these rows and heads to merge the result into, in place; it is what is returned. Both of its
         tensors may be strided, `out` not along head_dim. None: a new one is made.
+        merge: False: what is in `into` does not matter and is overwritten.
         """
 
 

@@ -47,16 +47,19 @@ def _attend(
     q: Tensor,
     kv: Tensor,
     into: AttentionState | None = None,
+    merge: bool = True,
 ) -> AttentionState:
     if q.dtype not in _DTYPES:
-        return torch_cpu.kernel(work)(q, kv, into)
+        return torch_cpu.kernel(work)(q, kv, into, merge)
     if q.shape[2] != work.head_dim or q.dtype != kv.dtype or q.stride(2) != 1 or kv.stride(3) != 1:
         raise ValueError(
             f"q {tuple(q.shape)} {q.dtype} and kv {tuple(kv.shape)} {kv.dtype}: one dtype, {work.head_dim} contiguous "
             "numbers a head"
         )
     state = into or _new_state(work, covered)
-    op(q, kv, state.out, state.lse, *rest, into is not None)
+    if into is not None and not merge and not covered:
+        into.clear_()
+    op(q, kv, state.out, state.lse, *rest, merge and into is not None)
     return state
 
 

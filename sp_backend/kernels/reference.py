@@ -15,7 +15,9 @@ def kernel(work: Work) -> Attention:
     return partial(_attend, work)
 
 
-def _attend(work: Work, q: Tensor, kv: Tensor, into: AttentionState | None = None) -> AttentionState:
+def _attend(
+    work: Work, q: Tensor, kv: Tensor, into: AttentionState | None = None, merge: bool = True
+) -> AttentionState:
     if work.k_rows is not None:
         kv = kv.index_select(0, work.k_rows)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -32,7 +34,9 @@ def _attend(work: Work, q: Tensor, kv: Tensor, into: AttentionState | None = Non
         out[rows] = torch.einsum("hqk,khd->qhd", weights, v)
         lse[rows] = span_lse.T
     state = AttentionState(out, lse)
-    return state if into is None else into.merge_(state)
+    if into is None:
+        return state
+    return into.merge_(state) if merge else into.copy_(state)
 
 
 def _visible(work: Work, span: Span, device: torch.device) -> Tensor:

@@ -69,10 +69,18 @@ def _batched(rows: Tensor, batch: int) -> Tensor:
 
 
 def _attend_all(
-    work: Work, run: _Run, part: Part, q: Tensor, kv: Tensor, into: AttentionState | None = None
+    work: Work,
+    run: _Run,
+    part: Part,
+    q: Tensor,
+    kv: Tensor,
+    into: AttentionState | None = None,
+    merge: bool = True,
 ) -> AttentionState:
     state = part(_batched(q, run.batch), _batched(_keys(work, run, kv), run.batch))
-    return state if into is None else into.merge_(state)
+    if into is None:
+        return state
+    return into.merge_(state) if merge else into.copy_(state)
 
 
 def _attend(
@@ -82,8 +90,12 @@ def _attend(
     q: Tensor,
     kv: Tensor,
     into: AttentionState | None = None,
+    merge: bool = True,
 ) -> AttentionState:
-    state = into or AttentionState.empty(work.num_queries, work.heads.num_heads, work.head_dim, q.device)
+    if into is None:
+        state, merge = AttentionState.empty(work.num_queries, work.heads.num_heads, work.head_dim, q.device), False
+    else:
+        state = into if merge else into.clear_()
     for run, part in parts:
         queries, keys = q[run.q_lo : run.q_hi], _keys(work, run, kv)
         for h in heads:
@@ -92,11 +104,10 @@ def _attend(
                 _batched(keys[:, :, h.k_lo : h.k_hi], run.batch),
             )
             target = state.rows(run.q_lo, run.q_hi).heads(h.q_lo, h.q_hi)
-            if into is None:
-                target.out.copy_(result.out)
-                target.lse.copy_(result.lse)
-            else:
+            if merge:
                 target.merge_(result)
+            else:
+                target.copy_(result)
     return state
 
 

@@ -35,7 +35,8 @@ class Attention(Protocol):
         ...
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        """Of rotated q [n, heads, head_dim] and kv [rows, 2, kv_heads, head_dim]: [n, heads, head_dim]."""
+        """Of rotated q [n, heads, head_dim] and kv [rows, 2, kv_heads, head_dim]: [n, heads, head_dim], to be read
+        before the next call."""
         ...
 
 

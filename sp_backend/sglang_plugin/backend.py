@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class SPAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang has 
         states = self._run(q, k, v, layer, rows, prepared)  # a call of its own: its keys are freed before out is made
         out = torch.zeros_like(q)  # of padding too
         for chunk, part in rows.q_rows.items():
-            out[part] = states.pop(chunk).out
+            out[part] = states[chunk].out
         self._layers_run += 1
         if layer.layer_id == self._last_layer:
             self._report(rows, prepared)
@@ -101,7 +102,7 @@ class SPAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang has 
 
     def _run(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, rows: CPRows, prepared: Prepared
-    ) -> dict[int, AttentionState]:
+    ) -> Mapping[int, AttentionState]:
         """The states of this rank's query chunks. All new keys are in the pool then."""
         executor, layout = prepared.executor, prepared.executor.plan.layout
         kv = torch.stack((k[: rows.num_rows], v[: rows.num_rows]), 1)

@@ -145,9 +145,13 @@ def sabotage(rank: int, size: int, config: BackendConfig, how: str) -> None:
 
 
 def _in_base_2(attention: Attention) -> Attention:
-    def attend(q: torch.Tensor, kv: torch.Tensor, into: AttentionState | None = None) -> AttentionState:
+    def attend(
+        q: torch.Tensor, kv: torch.Tensor, into: AttentionState | None = None, merge: bool = True
+    ) -> AttentionState:
         state = attention(q, kv)
         wrong = AttentionState(state.out, state.lse / math.log(2))
-        return wrong if into is None else into.merge_(wrong)
+        if into is None:
+            return wrong
+        return into.merge_(wrong) if merge else into.copy_(wrong)
 
     return attend

@@ -253,6 +253,19 @@ def test_every_pair_of_a_sequence_is_attended_by_some_rank() -> None:
         assert pairs == sum(s.cached * s.new + s.new * (s.new + 1) / 2 for s in RAGGED)
 
 
+@pytest.mark.parametrize(("name", "kind", "redundant"), CASES, ids=NAMES)
+def test_a_layer_takes_no_memory_that_the_one_before_has_not_given_back(name: str, kind: str, redundant: bool) -> None:
+    for plan in plans(name, kind, redundant, [2, 3]):
+        free = [
+            [
+                executor.pool.num_free_bytes
+                for executor in run_lockstep(plan, Batch(plan.layout, RAGGED), layers=n).executors
+            ]
+            for n in (3, 5)  # sizes settle at first
+        ]
+        assert free[0] == free[1] and all(free[0])
+
+
 def test_a_long_step_then_a_short_one_then_an_empty_one() -> None:
     plan = plan_for("ring_pass_kv", num_ranks=2, num_heads=4, num_kv_heads=2)
     network = LockstepNetwork(1)
@@ -283,10 +296,12 @@ def test_what_cannot_be_run_is_refused() -> None:
 def base_two(work: Work) -> Attention:
     """A kernel that reports its lse in base 2, as some GPU kernels do."""
 
-    def attend(q: Tensor, kv: Tensor, into: AttentionState | None = None) -> AttentionState:
+    def attend(q: Tensor, kv: Tensor, into: AttentionState | None = None, merge: bool = True) -> AttentionState:
         state = reference(work)(q, kv)
         wrong = AttentionState(state.out, state.lse / math.log(2))
-        return wrong if into is None else into.merge_(wrong)
+        if into is None:
+            return wrong
+        return into.merge_(wrong) if merge else into.copy_(wrong)
 
     return attend
 

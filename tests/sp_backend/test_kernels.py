@@ -221,6 +221,18 @@ def test_a_result_is_folded_into_a_given_state(name: str, heads: HeadMap, length
 
 
 @pytest.mark.parametrize("name", [*FAST, "reference"])
+@pytest.mark.parametrize("lengths", [[(4, 9)] * 3, [(5, 70), (1, 1), (0, 9), (9, 0)], [(30, 7)], [(1, 300)]], ids=str)
+@pytest.mark.parametrize("heads", HEAD_MAPS, ids=str)
+def test_a_given_state_can_be_overwritten(name: str, heads: HeadMap, lengths: list[tuple[int, int]]) -> None:
+    """Whatever was in its memory: rows that see nothing, and those of no span, are empty then."""
+    work, q, kv = make_work(lengths, heads=heads, causal=True)
+    shape = len(q), heads.num_heads
+    into = AttentionState(torch.full((*shape, 16), torch.nan), torch.full(shape, torch.nan))
+    assert get_kernel(name)(work)(q.float(), kv.float(), into, merge=False) is into
+    assert max(differences(into, get_kernel("reference")(work)(q, kv))) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*FAST, "reference"])
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("lengths", [[(4, 9)] * 3, [(5, 70), (1, 1), (0, 9), (9, 0)], [(1, 300)]], ids=str)
 def test_keys_are_read_at_the_rows_where_they_lie(

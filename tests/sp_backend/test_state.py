@@ -89,3 +89,16 @@ def test_a_partial_result_in_lower_precision_is_merged_into_fp32() -> None:
     a = AttentionState(torch.full((1, 1, 2), 0.1), torch.zeros(1, 1))
     merged = a.merge(AttentionState(torch.ones(1, 1, 2, dtype=torch.bfloat16), torch.zeros(1, 1)))
     assert merged.out.dtype == torch.float32 and torch.allclose(merged.out, torch.tensor(0.55))
+
+
+def test_a_merge_is_written_elsewhere_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And changes neither side, and rounds once if the target is in bf16."""
+    monkeypatch.setattr("sp_backend.state._PART", 2 * HEADS * DIM)
+    a = AttentionState(torch.randn(7, HEADS, DIM), torch.randn(7, HEADS))
+    b = AttentionState(torch.randn(7, HEADS, DIM), torch.randn(7, HEADS))
+    want, before = a.merge(b), a.out.clone()
+    for dtype in (torch.float32, torch.bfloat16):
+        target = AttentionState(torch.full((7, HEADS, DIM), torch.nan, dtype=dtype), torch.full((7, HEADS), torch.nan))
+        a.merge_to(b, target)
+        assert target.out.equal(want.out.to(dtype)) and target.lse.equal(want.lse)
+    assert a.out.equal(before)
