@@ -259,7 +259,7 @@ def meta(limit: Limit = ports, nominal: bool = False) -> System:
         ),
         (Winner("1 % new: pass-Q over pass-KV", 4, 3), Winner("10 % new: pass-KV over pass-Q", 5, 6)),
         {
-            "pass-KV faster from": "The model hides a message of KV behind a step's attention from about 2.3 % on. A "
+            "pass-KV faster from": "The model hides a message of KV behind a step's attention from about 2.4 % on. A "
             "tie at 5 % needs that message (16.4 MB) to outlast 1.06 ms there, which is 15 GB/s; that of Q went at 20, "
             "the all-to-all at 24.",
         },

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from sp_backend.columns import Index
 from sp_backend.flow import Flow, Messages, flow_of
 from sp_backend.geometry import Geometry, block_bytes, piece_rows
+from sp_backend.grouping import bounds, run_starts
 from sp_backend.layout import Layout
 from sp_backend.plan import Plan
 from sp_backend.topology import Floats, Machine, Rates
@@ -146,7 +146,7 @@ class PlanCost:
         return other
 
     def _links_of(self, machine: Machine) -> _Links:
-        return _Links(machine, self._flow.messages, self._flow.columns.num_rounds + 1)
+        return _Links(machine, self._flow.messages, self._flow.num_rounds)
 
     def times(self, sizes: Sizes) -> Times:
         return _Clock(self, self._flow, self._links, sizes).run()
@@ -186,7 +186,7 @@ class _Groups:
     @classmethod
     def of(cls, ranks: Index, messages: Index) -> _Groups:
         """ranks ascend."""
-        starts = np.flatnonzero(np.diff(ranks, prepend=-1))
+        starts = run_starts(ranks)
         return cls(ranks[starts], messages, starts)
 
     def reduce(self, ufunc: np.ufunc, values: Floats) -> Floats:
@@ -211,7 +211,7 @@ class _Links:
         used = np.array(uses, np.intp).reshape(len(uses), most)[link]  # [messages, resources of its link]
         self.at_rank: list[_Groups] = []  # messages that a rank sends or receives
         self.shared: list[list[tuple[Index, Index]]] = []  # (resources, their messages) by number
-        self.of_round = [slice(*x) for x in _bounds(messages.round, num_rounds)]
+        self.of_round = [slice(*x) for x in bounds(messages.round, num_rounds)]
         for mine in self.of_round:
             numbers = np.arange(mine.start, mine.stop)
             ranks, both = np.concatenate([messages.src[mine], messages.dst[mine]]), np.concatenate([numbers, numbers])
@@ -227,18 +227,13 @@ def _users(used: Index, first: int) -> list[tuple[Index, Index]]:
     resource = resource[resource >= 0]
     order = np.argsort(resource, kind="stable")
     resource, message = resource[order], message[order]
-    starts = np.flatnonzero(np.diff(resource, prepend=-1))
+    starts = run_starts(resource)
     counts = np.diff(np.append(starts, len(resource)))
     found = []
     for number in np.unique(counts):
         chosen = starts[counts == number]
         found.append((resource[chosen], message[chosen[:, None] + np.arange(number)]))
     return found
-
-
-def _bounds(rounds: Index, number: int) -> list[tuple[int, int]]:
-    """The rows of each round."""
-    return list(pairwise(np.searchsorted(rounds, np.arange(number + 1)).tolist()))
 
 
 class _Clock:
@@ -258,12 +253,12 @@ class _Clock:
         self.rounds: list[tuple[Floats, Floats, Floats]] = []  # compute, transfer and wait of every rank
 
     def run(self) -> Times:
-        flow, number = self._flow, self._flow.columns.num_rounds + 1
-        self._folds, self._folding = self._work.fold_seconds(), _bounds(flow.folds.round, number)
-        self._copied, self._copying = self._work.copy_seconds(), _bounds(flow.copies.round, number)
+        flow, number = self._flow, self._flow.num_rounds
+        self._folds, self._folding = self._work.fold_seconds(), bounds(flow.folds.round, number)
+        self._copied, self._copying = self._work.copy_seconds(), bounds(flow.copies.round, number)
         self._attended, self._called = self._work.call_seconds()
-        self._calling = _bounds(flow.calls.round, number)
-        self._waiting = _bounds(flow.waits.round, number)
+        self._calling = bounds(flow.calls.round, number)
+        self._waiting = bounds(flow.waits.round, number)
         for i in range(number):
             self._round(i)
         last = self._now.argmax(0), np.arange(self._now.shape[1])
@@ -382,15 +377,15 @@ class _Work:
     def __init__(self, layout: Layout, flow: Flow, shape: ModelShape, rates: Rates, sizes: Sizes) -> None:
         self._layout, self._flow, self._shape, self._rates, self._count = layout, flow, shape, rates, sizes.count
         chunks = sizes.rows.transpose(2, 0, 1)  # [chunk, batch, sequence]
-        rows = np.stack([np.subtract(*piece_rows(chunks, cut)[::-1]) for cut in flow.cuts])
+        rows = np.stack([np.subtract(*piece_rows(chunks, cut)[::-1]) for cut in flow.forms.cuts])
         flat = rows.reshape(-1, rows[0, 0].size)
         kinds: dict[bytes, int] = {}
         kind = [kinds.setdefault(row.tobytes(), len(kinds)) for row in flat]
         first = np.unique(kind, return_index=True)[1]
-        self._kind = np.array(kind).reshape(len(flow.cuts), -1)  # [cut, chunk]: of blocks with equal rows
+        self._kind = np.array(kind).reshape(len(flow.forms.cuts), -1)  # [cut, chunk]: of blocks with equal rows
         self._sequence_rows = flat[first].reshape(-1, *sizes.count.shape)  # [kind, batch, sequence]
         self._rows = (self._sequence_rows * sizes.count).sum(2).astype(float)  # [kind, batch]
-        self._whole = self._kind[flow.cuts.index((0, 1))]  # [chunk]
+        self._whole = self._kind[flow.forms.cuts.index((0, 1))]  # [chunk]
         t, forms = flow.columns.transfers, flow.forms
         self._sent = self._kind[forms.sent_cut, t.chunk]
         width = [
@@ -403,7 +398,7 @@ class _Work:
         if not number:
             return np.zeros((0, self._rows.shape[1]))
         order = np.argsort(message, kind="stable")
-        starts = np.flatnonzero(np.diff(message[order], prepend=-1))
+        starts = run_starts(message[order])
         return np.asarray(np.add.reduceat(self._rows[self._sent[order]] * self._width[order, None], starts))
 
     def fold_seconds(self) -> Floats:
@@ -421,8 +416,10 @@ class _Work:
             return np.zeros((0, self._rows.shape[1])), np.zeros((0, self._rows.shape[1]))
         attended = self._attend_seconds()
         merged = self._merge_seconds(self._whole[parts.q], parts.heads) * parts.merges[:, None] * (attended > 0)
-        starts = np.flatnonzero(np.diff(parts.call, prepend=-1))
-        return np.add.reduceat(attended, starts), np.add.reduceat(attended + merged, starts)
+        starts = run_starts(parts.call)
+        in_kernel = np.add.reduceat(attended, starts)
+        in_kernel += (in_kernel > 0) * self._rates.call_seconds
+        return in_kernel, in_kernel + np.add.reduceat(merged, starts)
 
     def tokens(self) -> Floats:
         """New tokens whose dense work is that of each rank [ranks, batches]."""
@@ -457,5 +454,4 @@ class _Work:
         own = np.flatnonzero(parts.causal[sample])
         pairs = queries[own] * (queries[own] + 1) / 2
         seconds[own] += per_pair[own] * pairs / kernel.causal_rate(queries[own])
-        called = (seconds > 0).any(2)
-        return np.asarray(((seconds * self._count).sum(2) + called * self._rates.call_seconds)[which.ravel()])
+        return np.asarray((seconds * self._count).sum(2)[which.ravel()])

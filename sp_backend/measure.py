@@ -25,9 +25,9 @@ import torch
 from sp_backend.config import cache_folder
 from sp_backend.cost import ModelShape
 from sp_backend.execute import Executor
+from sp_backend.flow import flow_of
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import HeadMap, Kernel, Span, Work, get_kernel
-from sp_backend.operations import operations
 from sp_backend.state import AttentionState
 from sp_backend.strategies import plan_for
 from sp_backend.topology import KernelRates, Link, Machine, Rates, Topology
@@ -275,8 +275,7 @@ def _measure_overheads(
     seconds = _shortest(lambda: executor.run(schedule, q, kv), 2 * REPEATS)
     calls = (executor.counters.kernel_calls - before) / (2 * REPEATS + 1)
     latency = max((link.latency for link in topology.links), default=0.0)
-    mine = [ranks[transport.rank] for ranks in operations(plan).rounds]
-    folds = sum(len(ops.folds) + sum(len(p.merges) for c in ops.calls for p in c.parts) for ops in mine)
+    folds = flow_of(plan, paged=False).num_merges(transport.rank)
     rest = seconds - calls * call - folds * fold - (size - 1) * (latency + 2 * message)
     return message, max(rest / size, 0.1 * seconds / size)
 

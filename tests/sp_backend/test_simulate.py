@@ -28,7 +28,7 @@ def test_cost_estimates_what_the_simulator_finds(name: str, batch: list[tuple[in
         plan = plan_of(variant, machine.num_ranks, shape)
         geometry = lay_out(plan.layout, batch, page_size=16)
         estimate = PlanCost(plan, machine, shape).cost(geometry)
-        assert simulate(plan, machine, shape, geometry).seconds == pytest.approx(estimate.seconds, rel=0.16), str(
+        assert simulate(plan, machine, shape, geometry).seconds == pytest.approx(estimate.seconds, rel=0.2), str(
             variant
         )
         step = simulate(plan, machine, shape, geometry, dense=True).step_seconds
