@@ -7,6 +7,7 @@ started, one process imports it, and each server and each of its processes is a 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import sys
@@ -34,6 +35,7 @@ def _become(arguments: list[str], env: dict[str, str], log: Path, imported: bool
     from sglang.srt.utils import kill_itself_when_parent_died
 
     kill_itself_when_parent_died()  # as SGLang's ranks do: no server outlives the tests, whatever ends them
+    os.close(multiprocessing.forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]  # or it stays
     os.setsid()
     for output in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), output)
