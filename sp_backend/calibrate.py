@@ -21,11 +21,12 @@ from sp_backend.strategies import Variant
 from sp_backend.topology import Floats, Machine, Rates
 
 MOST_TRIALS: Final = 24
-REPEATS: Final = 3  # runs of each, of which the median counts
+REPEATS: Final = 3  # runs of each, of which the fastest counts
 SECONDS: Final = 0.75  # that all trials may take, each once; more only where it would not do for FEWEST quick ones
 FEWEST: Final = 12
 PRIOR: Final = 0.2  # standard deviation of a factor's logarithm: most rates are within 30 % of what was measured
-NOISE: Final = 0.03  # of a prediction that is right, against the median of a few measurements
+NOISE: Final = 0.03  # of a prediction by the right factors, against what is measured
+SHOWN: Final = 5  # corrections that are named, the largest first
 MOST: Final = 1.0  # of a factor's logarithm
 ERRORS: Final = 0.01, 0.08  # the least and the most that predictions are said to be wrong by
 _LINKS: Final = ("link bandwidth", "link latency")
@@ -63,12 +64,10 @@ class Correction:
 
     def __str__(self) -> str:
         told = sorted(self.factors.items(), key=lambda item: -abs(np.log(item[1])))
-        changed = ", ".join(
-            f"{name.replace('_', ' ')} x{factor:.2f}" for name, factor in told if abs(factor - 1) >= 0.05
-        )
+        changed = [f"{name.replace('_', ' ')} x{factor:.2f}" for name, factor in told if abs(factor - 1) >= 0.05]
         return (
-            f"{self.num_trials} trial steps: {changed or 'nothing to correct'}; predictions were off by "
-            f"{self.before:.1%} (median), now by {self.after:.1%}"
+            f"corrected by {self.num_trials} trial steps: {', '.join(changed[:SHOWN]) or 'nothing'}; "
+            f"predictions were off by {self.before:.0%}, now by {self.after:.1%}"
         )
 
 
@@ -80,7 +79,9 @@ def choose_trials(planner: Planner, longest: int) -> list[Trial]:
         return []
     times, slopes = _linearised(planner, variants, [[size] for size in sizes])
     wanted = _decisions(times, slopes)
-    pool = [Trial(v, *size, tuple(slopes[i, j])) for i, size in enumerate(sizes) for j, v in enumerate(variants)]
+    pool = [
+        Trial(v, *size, tuple(slopes[i, j].tolist())) for i, size in enumerate(sizes) for j, v in enumerate(variants)
+    ]
     times, slopes = times.ravel(), slopes.reshape(len(pool), len(FACTORS))
     spread = PRIOR**2 * np.eye(len(FACTORS))
     cost = np.exp(times)
@@ -97,6 +98,7 @@ def choose_trials(planner: Planner, longest: int) -> list[Trial]:
             break
         found.append(pool[best])
         left -= cost[best]
+        cost[best] = np.inf  # a second time, it would be as wrong for the same reason
         spread = spread - np.outer(known[best], known[best]) / variance[best]
     return found
 
@@ -113,7 +115,7 @@ def _decisions(times: Floats, slopes: Floats) -> Floats:
 
 
 def correct(planner: Planner, trials: Sequence[Trial], seconds: Sequence[float]) -> Correction:
-    """The planner's machine, corrected by what trials took: best the median of a few runs of each."""
+    """The planner's machine, corrected by what trials took."""
     measured, factors = np.log(seconds), np.zeros(len(FACTORS))
     slopes = np.array([trial.slopes for trial in trials])
     before = measured - _log_seconds(planner, trials)

@@ -73,7 +73,7 @@ def machine_of(
     machine = measure(transport, get_kernel(kernel), shape, dtype)
     logger.info("measured links and kernels in %.2f s", time.perf_counter() - since)
     if transport.rank == 0:
-        _save(path, machine)
+        keep(path, machine)
     return machine
 
 
@@ -94,15 +94,15 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in timed)).hexdigest()
 
 
-def _save(path: Path, machine: Machine) -> None:
-    """Whole or not at all. A folder that cannot be written costs the next start a measurement, no more."""
+def keep(path: Path, machine: Machine) -> None:
+    """Write its file, whole or not at all. A folder that cannot be written costs the next start a measurement."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
         draft.write_text(machine.to_json())
         draft.replace(path)
     except OSError as error:
-        logger.warning("measured links and kernels are not kept: %s", error)
+        logger.warning("what was measured is not kept: %s", error)
 
 
 def measure(transport: Transport, kernel: Kernel, shape: ModelShape, dtype: torch.dtype) -> Machine:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import msgspec
 import torch
@@ -51,12 +52,14 @@ from sp_backend.models.config import ModelConfig
 from sp_backend.models.decoder import Decoder
 from sp_backend.models.weights import Progress
 from sp_backend.parallel import Collectives, NoCollectives, Shard
+from sp_backend.plan import Plan
 from sp_backend.sampling import sample
 from sp_backend.topology import Machine, load_machine
 from sp_backend.transport import Transport
 from sp_backend.transport.collectives import GroupCollectives
 from sp_backend.transport.gloo import GlooTransport
 from sp_backend.transport.shared_memory import shared_memory
+from sp_backend.trials import has_trials, learn, path_of, recall
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ class Worker:
         model = ModelConfig.load(config.model_path)
         shard = Shard.of_rank(rank, config.tp_size, config.sp_size, config.layout)
         self._shard = shard
-        self._plans = plans_for(config, model, planner_for(config, model, machine))
+        self._links, self._model = links, model
         self.decoder = Decoder(model, shard, dtype, device, links.collectives)
         if config.load_format == "dummy":
             self.decoder.fill_dummy(config.seed)
@@ -120,31 +123,53 @@ class Worker:
             dtype=dtype,
             device=device,
         )
-        self._builder = BatchBuilder(
-            layouts={name: plan.layout for name, plan in self._plans.items()},
-            sp_rank=shard.sp_rank,
-            page_size=config.page_size,
-            windowed=any(model.windows),
-            device=device,
-        )
         self._grammars = Grammars(config.tokenizer_path or config.model_path, model.vocab_size, model.eos_ids)
         self._drawn: dict[int, int] = {}  # by this rank in the last step that it took part in: request id -> token
         self._drawn_in = 0  # id of that step
+        self._use(plans_for(config, model, planner_for(config, model, machine)))
+
+    def _use(self, plans: dict[str, Plan]) -> None:
+        """Steps run under these plans from now on; there are no requests yet."""
+        config, device = self._config, torch.device(self._config.device)
+        self._plans = plans
+        self._builder = BatchBuilder(
+            layouts={name: plan.layout for name, plan in plans.items()},
+            sp_rank=self._shard.sp_rank,
+            page_size=config.page_size,
+            windowed=any(self._model.windows),
+            device=device,
+        )
         pool = BufferPool(device)
         self._executors = {
             name: Executor(
                 plan,
-                shard.sp_rank,
+                self._shard.sp_rank,
                 get_kernel(config.kernel),
-                links.transport,
-                head_dim=model.head_dim,
-                dtype=dtype,
+                self._links.transport,
+                head_dim=self._model.head_dim,
+                dtype=getattr(torch, config.dtype),
                 device=device,
                 pool=pool,
                 overlap=config.overlap,
             )
-            for name, plan in self._plans.items()
+            for name, plan in plans.items()
         }
+
+    def learn(self, path: Path) -> None:
+        """Correct the machine by trial steps, and use the plans that then win. All ranks of the world call it."""
+        config = self._config
+        planner = planner_for(config, self._model, self._machine)
+        assert planner is not None, "there is something to choose from"
+        self._machine = learn(
+            planner,
+            self.step,
+            {name: plan.layout for name, plan in self._plans.items()},
+            self._shard.sp_rank,
+            config.page_size,
+            min(config.context_length, self._num_pages * config.page_size),
+            path,
+        )
+        self._use(plans_for(config, self._model, planner.on(self._machine)))
 
     def ready(self) -> Ready:
         return Ready(
@@ -293,21 +318,30 @@ def _build(start: WorkerStart, socket: zmq.Socket[bytes]) -> Worker:
         timeout=timedelta(seconds=config.dist_timeout),
     )
     links = connect(config, start.rank)
-    machine = _machine(config, links)
+    machine, trials_at = _machine(config, links)
     progress: Progress = lambda done, total: socket.send(encode(Loading(start.rank, done, total)))  # noqa: E731
-    return Worker(config, start.rank, links, progress, machine)
+    worker = Worker(config, start.rank, links, progress, machine)
+    if trials_at is not None:
+        worker.learn(trials_at)
+    return worker
 
 
-def _machine(config: BackendConfig, links: Links) -> Machine | None:
-    """What times are predicted for, equal on all ranks of the world; None where nothing is spread."""
+def _machine(config: BackendConfig, links: Links) -> tuple[Machine | None, Path | None]:
+    """What times are predicted for, equal on all ranks of the world; None where nothing is spread. And the file that
+    trial steps are to be kept in; None where they are not needed.
+    """
     if config.sp_size == 1:
-        return None
+        return None, None
     if config.topology is not None:
-        return load_machine(config.topology, config.sp_size)
+        return load_machine(config.topology, config.sp_size), None
     shape, dtype = shape_of(config, ModelConfig.load(config.model_path)), getattr(torch, config.dtype)
     found = [machine_of(links.transport, config.kernel, shape, dtype)]
     dist.broadcast_object_list(found, src=0)  # every SP group has measured its own
-    return found[0]
+    if not has_trials(config):
+        return found[0], None
+    path = path_of(config, found[0], shape)
+    known = recall(path, config.sp_size)
+    return (found[0], path) if known is None else (known, None)
 
 
 def _die_with(parent: int) -> None:

@@ -69,7 +69,7 @@ def test_a_machine_that_is_as_told_stays_so_and_its_predictions_are_trusted_more
     found = correct(told(), trials(), seconds)
     assert list(found.factors.values()) == pytest.approx([1.0] * len(FACTORS))
     assert found.machine.error == 0.01 < told().machine.error
-    assert str(found).startswith(f"{len(trials())} trial steps: nothing to correct")
+    assert str(found).startswith(f"corrected by {len(trials())} trial steps: nothing; ")
 
 
 def test_one_step_that_was_disturbed_moves_nothing_much() -> None:
@@ -89,7 +89,7 @@ def test_a_correction_is_the_same_for_the_same_measurements_and_names_what_it_ch
     seconds = measured(preset("nic200-4"))
     slow = [s * 1.2 for s in seconds]
     assert correct(told(), trials(), slow) == correct(told(), trials(), slow) != correct(told(), trials(), seconds)
-    assert "kernel x0.8" in str(correct(told(), trials(), slow))
+    assert "link latency x1.2" in str(correct(told(), trials(), slow))
 
 
 @pytest.mark.parametrize("shape", [LLAMA_70B, MHA, SMALL], ids=["70B", "7B", "tiny"])
