@@ -95,7 +95,8 @@ def learn(
             keep(path, found[0])
         else:
             logger.warning(
-                "a busy machine? The next start tries again what this one learned nothing from: %s", correction
+                "trial steps varied too much to learn from (a busy machine?); the next start tries again: %s",
+                correction,
             )
         logger.info("trial steps took %.2f s", time.perf_counter() - since)
     dist.broadcast_object_list(found, src=0)

@@ -63,9 +63,9 @@ def test_imports_go_down_the_line_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_transport_and_worker_use_torch_distributed(path: Path) -> None:
+def test_only_transport_worker_and_its_trials_use_torch_distributed(path: Path) -> None:
     where = path.relative_to(ROOT).with_suffix("").parts
-    if where[:2] not in {("sp_backend", "transport"), ("sp_backend", "worker")}:
+    if where[:2] not in {("sp_backend", "transport"), ("sp_backend", "worker"), ("sp_backend", "trials")}:
         assert not [module for module in imports(path) if within(module, ("torch.distributed",))]
 
 
