@@ -33,6 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen3": make_checkpoint(folder / "qwen3", "qwen3", **sizes),
         "qwen3_moe": make_checkpoint(folder / "qwen3_moe", MOE, **sizes),
         "llama": make_checkpoint(folder / "llama", "llama3", **sizes),
+        "llama_2_kv_heads": make_checkpoint(folder / "llama_2_kv_heads", "llama3", **(sizes | {"num_kv_heads": 2})),
     }
 
 
@@ -128,6 +129,19 @@ def test_llama_is_refused_because_sglang_shards_it_wrongly(models: dict[str, Pat
         SGLangServer(models["llama"], "sp_ring_pass_kv", *SERVING, startup_seconds=800).__enter__()
     with pytest.raises(RuntimeError, match="shape mismatch: value tensor of shape"):
         SGLangServer(models["llama"], "all_gather_for_tests", *SERVING, startup_seconds=800).__enter__()
+
+
+@pytest.mark.matrix
+def test_llama_is_wrong_without_an_error_in_sglang_itself(models: dict[str, Path]) -> None:
+    """With one KV head a rank, keys fit: into every head of a cache that is made for more."""
+    model = models["llama_2_kv_heads"]
+    with SGLangServer(model, "all_gather_for_tests", *SERVING, startup_seconds=400) as server:
+        for tokens in SINGLE[1:]:
+            assert answers(server, tokens) != [expected(model, tokens)]
+    without = ("--attn-cp-size", "1")
+    with SGLangServer(model, "torch_native", *SERVING, *without, startup_seconds=400) as server:
+        for tokens in SINGLE[1:]:
+            assert answers(server, tokens) == [expected(model, tokens)]
 
 
 @pytest.mark.matrix

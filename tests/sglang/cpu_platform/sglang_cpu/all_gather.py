@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.layers.cp.utils import get_cp_strategy, is_cp_active
 from torch import Tensor
 
@@ -51,3 +52,9 @@ class AllGatherBackend(SPAttentionBackend):
             return self._kernel(work)(part, kv).out.to(part.dtype)
 
         return strategy.run_attention(q, forward_batch, q.device, attend).flatten(1)
+
+    def _gather(self, layer: Any, slots: Tensor) -> Tensor:
+        """The layer's own heads: where SGLang made the cache for more, it has written the same into each."""
+        own = slice(self._shape.num_kv_heads)
+        buffers = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        return torch.stack([buffer[slots, own] for buffer in buffers], 1)
