@@ -16,7 +16,7 @@ from typing import Final, Literal
 import numpy as np
 
 from sp_backend.cost import ModelShape, PlanCost, Sizes, least_seconds
-from sp_backend.geometry import predicted_bytes
+from sp_backend.geometry import Geometry, predicted_bytes
 from sp_backend.planner import OFF, Batch, Candidate, lay_out
 from sp_backend.strategies import STRATEGIES, Variant, plan_for, prove, variants
 from sp_backend.topology import Floats, Machine
@@ -38,6 +38,11 @@ class Question:
     whole_step: bool = False  # rank by the time of a forward pass, not by that of one layer's attention
     forced: Variant | None = None
 
+    @property
+    def exhaustive(self) -> bool:
+        """Whether every candidate is costed, whatever it takes at least."""
+        return self.every_option or self.machine.num_ranks <= MOST_RANKS_OF_ALL
+
     def variants(self) -> list[Variant]:
         """All that fit, off first (where one rank can do a prompt alone)."""
         ranks = self.machine.num_ranks
@@ -47,7 +52,7 @@ class Question:
     def candidates(self) -> list[Variant]:
         """The variants to be costed: all, or of large groups each strategy's defaults at each degree."""
         found = self.variants()
-        if not self.every_option and self.machine.num_ranks > MOST_RANKS_OF_ALL:
+        if not self.exhaustive:
             found = list(dict.fromkeys(Variant(v.strategy, degree=v.degree) for v in found))
         return found if self.forced is None or self.forced in found else [*found, self.forced]
 
@@ -87,12 +92,19 @@ class Comparison:
         least = {variant: self._least(variant) for variant in question.candidates()}
         best = math.inf
         for variant in sorted(least, key=least.__getitem__):
-            if self._needs_costing(variant, least[variant], best):
-                self._costs[variant] = question.cost(variant)
-                self.ranked.append(self._candidate(variant, self._costs[variant]))
-                best = min(best, self.seconds(self.ranked[-1]))
-            else:
+            if not self._needs_costing(variant, least[variant], best):
                 self.bounded.append(Bounded(variant, least[variant], slow=least[variant] <= best))
+                continue
+            cost = question.cost(variant)
+            geometry = lay_out(cost.plan.layout, question.batch, question.page_size)
+            if not question.exhaustive and variant != question.forced:
+                least[variant] = cost.least_seconds(geometry)[question.whole_step]
+                if least[variant] > best:
+                    self.bounded.append(Bounded(variant, least[variant], slow=False))
+                    continue
+            self._costs[variant] = cost
+            self.ranked.append(self._candidate(variant, cost, geometry))
+            best = min(best, self.seconds(self.ranked[-1]))
         self.ranked.sort(key=self.seconds)
         self.best = self.ranked[0]
         self.shown = next((c for c in self.ranked if c.variant == question.forced), self.best)
@@ -100,9 +112,9 @@ class Comparison:
 
     def _needs_costing(self, variant: Variant, least: float, best: float) -> bool:
         question = self.question
-        ranks = question.machine.num_ranks
-        if question.every_option or ranks <= MOST_RANKS_OF_ALL or variant == question.forced:
+        if question.exhaustive or variant == question.forced:
             return True
+        ranks = question.machine.num_ranks
         return least <= best and (variant.degree or ranks) <= STRATEGIES[variant.strategy].quick_ranks
 
     def _least(self, variant: Variant) -> float:
@@ -155,8 +167,7 @@ class Comparison:
             best[name] = np.minimum(best[name], seconds) if name in best else seconds
         return best
 
-    def _candidate(self, variant: Variant, cost: PlanCost) -> Candidate:
-        geometry = lay_out(cost.plan.layout, self.question.batch, self.question.page_size)
+    def _candidate(self, variant: Variant, cost: PlanCost, geometry: Geometry) -> Candidate:
         degree = 1 if variant == OFF else variant.degree or self.question.machine.num_ranks
         return Candidate(variant, degree, cost.plan, geometry, cost.cost(geometry))
 

@@ -11,10 +11,10 @@ Everything is computed for many batches at once (the last axis of every array), 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,17 +136,24 @@ class PlanCost:
             raise ValueError(f"a plan of {plan.layout.num_ranks} ranks on a machine of {machine.num_ranks}")
         self.plan, self.machine, self.shape = plan, machine, shape
         self._flow = flow_of(plan)
-        self._links = self._links_of(machine)
 
     def on(self, machine: Machine) -> PlanCost:
         """The same plan on a machine of as many ranks, its structure as worked out before."""
         assert machine.num_ranks == self.machine.num_ranks
         other = copy(self)
-        other.machine, other._links = machine, self._links_of(machine)
+        other.machine = machine
+        vars(other).pop("_links", None)
         return other
 
-    def _links_of(self, machine: Machine) -> _Links:
-        return _Links(machine, self._flow.messages, self._flow.num_rounds)
+    @cached_property
+    def _links(self) -> _Links:
+        return _Links(self.machine, self._flow.messages, self._flow.num_rounds)
+
+    def least_seconds(self, geometry: Geometry) -> tuple[float, float]:
+        """One layer's attention and a whole step if no rank ever waited: quicker to tell than what they cost."""
+        work = _Work(self.plan.layout, self._flow, self.shape, self.machine.rates, Sizes.of(geometry))
+        busy = work.busy_seconds(self.machine.num_ranks)
+        return float(busy.max()), float(work.step_seconds(busy)[0])
 
     def times(self, sizes: Sizes) -> Times:
         return _Clock(self, self._flow, self._links, sizes).run()
@@ -156,21 +163,20 @@ class PlanCost:
         times = clock.run()
         exposed = float(times.exposed[0])
         messages, size = self._flow.messages, clock.message_bytes[:, 0].astype(int)
-        links: dict[tuple[int, int], int] = defaultdict(int)
-        for src, dst, num_bytes in zip(messages.src.tolist(), messages.dst.tolist(), size.tolist(), strict=True):
-            if num_bytes:
-                links[src, dst] += num_bytes
-        resources: dict[str, int] = defaultdict(int)
-        for link in self.machine.topology.links:
-            for name in link.resources:
-                resources[name] += links.get((link.src, link.dst), 0)
+        ranks, wires = self.machine.num_ranks, self.machine.topology.wires
+        sent = np.bincount(messages.src * ranks + messages.dst, size, ranks * ranks).astype(np.int64)
+        links = {divmod(pair, ranks): int(sent[pair]) for pair in np.flatnonzero(sent).tolist()}
+        through = wires.uses.reshape(ranks * ranks, -1)
+        pair, place = np.nonzero(through >= 0)
+        carried = np.bincount(through[pair, place], sent[pair], len(wires.capacity)).astype(int).tolist()
+        resources = dict(zip(self.machine.topology.resources, carried, strict=True))
         return Cost(
             seconds=float(times.attention[0]),
             exposed=exposed,
             hidden=max(0.0, float(times.transfer[0]) - exposed),
             step_seconds=float(times.step[0]),
             rounds=tuple(RoundCost(*(float(x.max()) for x in r)) for r in clock.rounds),
-            link_bytes=dict(links),
+            link_bytes=links,
             resource_bytes={name: n for name, n in resources.items() if n},
         )
 
@@ -198,17 +204,9 @@ class _Links:
     """Which messages of a round meet on which resources, as index arrays."""
 
     def __init__(self, machine: Machine, messages: Messages, num_rounds: int) -> None:
-        topology = machine.topology
-        names = list(topology.resources)
-        index = {n: i for i, n in enumerate(names)}
-        self.capacity = np.array([topology.resources[n] for n in names])
-        number = np.zeros((machine.num_ranks, machine.num_ranks), np.intp)  # of the link between two ranks
-        number[[x.src for x in topology.links], [x.dst for x in topology.links]] = range(len(topology.links))
-        link = number[messages.src, messages.dst]
-        self.latency = np.array([x.latency for x in topology.links])[link] if len(link) else np.zeros(0)
-        most = max((len(x.resources) for x in topology.links), default=0)
-        uses = [[index[n] for n in x.resources] + [-1] * (most - len(x.resources)) for x in topology.links]
-        used = np.array(uses, np.intp).reshape(len(uses), most)[link]  # [messages, resources of its link]
+        wires = machine.topology.wires
+        self.capacity, self.latency = wires.capacity, wires.latency[messages.src, messages.dst]
+        used = wires.uses[messages.src, messages.dst]  # [messages, resources of its link]
         self.at_rank: list[_Groups] = []  # messages that a rank sends or receives
         self.shared: list[list[tuple[Index, Index]]] = []  # (resources, their messages) by number
         self.of_round = [slice(*x) for x in bounds(messages.round, num_rounds)]
@@ -262,11 +260,7 @@ class _Clock:
         for i in range(number):
             self._round(i)
         last = self._now.argmax(0), np.arange(self._now.shape[1])
-        shape, rates = self._shape, self._rates
-        weight_bytes = shape.dense_flops / 2 * shape.itemsize
-        tokens = self._work.tokens()
-        dense = np.maximum(tokens * shape.dense_flops / rates.dense_flops, weight_bytes / rates.memory_bytes)
-        step = (shape.num_layers * self._now + dense).max(0) + rates.step_seconds
+        step = self._work.step_seconds(self._now)
         return Times(self._now[last], self._exposed[last], self._transfer[last], step)
 
     def _round(self, index: int) -> None:
@@ -421,10 +415,28 @@ class _Work:
         in_kernel += (in_kernel > 0) * self._rates.call_seconds
         return in_kernel, in_kernel + np.add.reduceat(merged, starts)
 
-    def tokens(self) -> Floats:
-        """New tokens whose dense work is that of each rank [ranks, batches]."""
-        layout = self._layout
-        return np.asarray(self._rows[self._whole[layout.all_q()]].sum(1) * self._shape.dense_share(layout))
+    def busy_seconds(self, num_ranks: int) -> Floats:
+        """[ranks, batches]: all that a rank does itself."""
+        flow, rates = self._flow, self._rates
+        busy = np.zeros((num_ranks, self._rows.shape[1]))
+        np.add.at(busy, flow.calls.rank, self.call_seconds()[1])
+        np.add.at(busy, flow.folds.rank, self.fold_seconds())
+        np.add.at(busy, flow.copies.rank, self.copy_seconds())
+        posted = (self.message_bytes() > 0) * rates.message_seconds
+        there = np.zeros((flow.num_rounds, num_ranks), bool)
+        there[flow.calls.round, flow.calls.rank] = True
+        for rank in (flow.messages.src, flow.messages.dst):
+            np.add.at(busy, rank, posted)
+            there[flow.messages.round, rank] = True
+        return np.asarray(busy + there.sum(0)[:, None] * rates.round_seconds)
+
+    def step_seconds(self, attention: Floats) -> Floats:
+        """[batches]: a forward pass, of attention [ranks, batches] and each rank's dense work."""
+        layout, shape, rates = self._layout, self._shape, self._rates
+        tokens = self._rows[self._whole[layout.all_q()]].sum(1) * shape.dense_share(layout)
+        weights = shape.dense_flops / 2 * shape.itemsize / rates.memory_bytes
+        dense = np.maximum(tokens * shape.dense_flops / rates.dense_flops, weights)
+        return np.asarray((shape.num_layers * attention + dense).max(0) + rates.step_seconds)
 
     def _merge_seconds(self, kind: Index, heads: Index) -> Floats:
         rows, rates = self._rows[kind], self._rates

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +38,15 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Wires:
+    """A topology as arrays; resources are numbered in their order."""
+
+    capacity: Floats  # [resources] bytes/s
+    latency: Floats  # [src, dst] seconds
+    uses: NDArray[np.intp]  # [src, dst, most]: resources of a link, then -1
+
+
+@dataclass(frozen=True)
 class Topology:
     """Every ordered pair of ranks has a link. resources: name -> bytes/s."""
 
@@ -67,6 +77,17 @@ class Topology:
 
     def by_pair(self) -> dict[tuple[int, int], Link]:
         return {(link.src, link.dst): link for link in self.links}
+
+    @cached_property
+    def wires(self) -> Wires:
+        index = {name: i for i, name in enumerate(self.resources)}
+        most = max((len(link.resources) for link in self.links), default=0)
+        uses = np.full((self.num_ranks, self.num_ranks, most), -1, np.intp)
+        latency = np.zeros((self.num_ranks, self.num_ranks))
+        for link in self.links:
+            uses[link.src, link.dst, : len(link.resources)] = [index[name] for name in link.resources]
+            latency[link.src, link.dst] = link.latency
+        return Wires(np.array(list(self.resources.values())), latency, uses)
 
     def first(self, num_ranks: int) -> Topology:
         """Its first ranks alone."""

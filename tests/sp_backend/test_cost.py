@@ -170,3 +170,5 @@ def test_no_plan_takes_less_than_the_least(topology: str, batch: list[tuple[int,
         queries = [-(-new // (1 if variant == OFF else chunks)) for new, _ in batch]
         attention, step = least_seconds(machine, shape, batch, degree, causal=causal, queries=queries, rounds=rounds)
         assert attention <= found.seconds and step <= found.step_seconds
+        busy, busy_step = PlanCost(plan, machine, shape).least_seconds(lay_out(plan.layout, batch))
+        assert attention <= busy <= found.seconds * (1 + 1e-9) and step <= busy_step <= found.step_seconds * (1 + 1e-9)
