@@ -172,11 +172,17 @@ class Batcher:
         return outputs
 
     def pool(self, step: PlannedStep, results: Iterable[StepResult]) -> None:
-        """Adds up what the ranks tell of embeddings; called before complete()."""
+        """Gathers what the ranks tell of embeddings and of prompts; called before complete()."""
         sequences = {chunk.sequence.id: chunk.sequence for chunk in step.chunks if chunk.is_current}
         for part in (part for result in results for part in result.pooled):
             if part.request_id in sequences:
                 sequences[part.request_id].pooled += np.frombuffer(part.states, "<f4").astype(np.float64)
+        for scores in (scores for result in results for scores in result.scores):
+            if (sequence := sequences.get(scores.request_id)) is not None:
+                for position, logprob, top in zip(scores.positions, scores.logprobs, scores.top, strict=True):
+                    if position < sequence.num_prompt:
+                        token = sequence.tokens[position]
+                        sequence.scores[position] = GeneratedToken(token, logprob, top)
 
     def _report(self, step: PlannedStep, chunk: Chunk, seconds: float) -> None:
         choice = next(choice for choice in step.choices if choice.plan == chunk.plan)
@@ -241,7 +247,8 @@ class Batcher:
         if chunk.end + 1 >= sequence.max_length:
             return self._finish(sequence, FinishReason.LENGTH, tokens=[token])
         steps = sequence.take_reports()
-        return Output(request.request_id, [token], cached_tokens=sequence.cached_tokens, steps=steps)
+        prompt = sequence.take_scores()
+        return Output(request.request_id, [token], cached_tokens=sequence.cached_tokens, steps=steps, prompt=prompt)
 
     def _embedded(self, sequence: Sequence) -> Output:
         """The end of a sequence whose prompt is all that is computed."""
@@ -268,6 +275,7 @@ class Batcher:
             stop_token,
             sequence.cached_tokens,
             steps=sequence.take_reports(),
+            prompt=sequence.take_scores(),
         )
 
     def _leave(self, sequence: Sequence) -> None:

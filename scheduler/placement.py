@@ -58,8 +58,9 @@ class Placement:
     # Admission
 
     def reads_cache(self, sequence: Sequence) -> bool:
-        """Whether cached pages may stand for its tokens: a mean needs the last layer's states of all tokens."""
-        return self._prefix_cache and sequence.request.pooling != "mean"
+        """Whether cached pages may stand for its tokens: some answers need the last layer's states of all tokens."""
+        request = sequence.request
+        return self._prefix_cache and request.pooling != "mean" and request.prompt_logprobs is None
 
     def find_prefix(self, sequence: Sequence) -> list[Node]:
         """The longest cached prefix. The last token is never matched: it must be computed to sample the next.

@@ -56,6 +56,7 @@ class GenerateRequest:
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids included unless ignore_eos
     min_tokens: int = 0  # no stop token before that many
     explain: bool = False  # its outputs tell the steps that it ran in
+    prompt_logprobs: int | None = None  # with the first token come those of the prompt, and of as many alternatives
     pooling: Pooling | None = None  # the answer is one output with an embedding, pooled so
 
 
@@ -105,4 +106,5 @@ class Output:
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     error: str | None = None  # with FinishReason.ERROR
     steps: list[StepReport] = field(default_factory=list)  # since the previous output, of a request with `explain`
+    prompt: list[GeneratedToken] = field(default_factory=list)  # all but its first token, with `prompt_logprobs`
     embedding: NDArray[np.float32] | None = None  # [hidden_size], not normalised; of a request with `pooling`

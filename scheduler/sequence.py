@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.prefix_cache import Node
-from scheduler.request import GenerateRequest, StepReport
+from scheduler.request import GeneratedToken, GenerateRequest, StepReport
 
 NOWHERE = range(0)
 UNDRAWN = -1
@@ -39,6 +39,7 @@ class Sequence:
     was_admitted: bool = False
     num_stays: int = 0  # how often it has left the batch: steps planned for an earlier stay mean nothing to it
     reports: list[StepReport] = field(default_factory=list)  # of steps that no output has told yet
+    scores: dict[int, GeneratedToken] = field(default_factory=dict)  # position -> prompt token, not told yet
     pooled: NDArray[np.float64] | float = 0.0  # sum of the states of its embedding's tokens so far
 
     @property
@@ -70,6 +71,13 @@ class Sequence:
     def take_reports(self) -> list[StepReport]:
         reports, self.reports = self.reports, []
         return reports
+
+    def take_scores(self) -> list[GeneratedToken]:
+        """Of the whole prompt but its first token; none before they are there, or once they were taken."""
+        if len(self.scores) < self.num_prompt - 1:
+            return []
+        scores, self.scores = self.scores, {}
+        return [token for _, token in sorted(scores.items())]
 
     def lies_on(self, ranks: range) -> bool:
         """Whether no page is on another rank."""

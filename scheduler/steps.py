@@ -13,7 +13,7 @@ import msgspec
 
 from scheduler.placement import Placement
 from scheduler.sequence import UNDRAWN, Chunk, Sequence
-from sp_backend.commands import LOCAL, Group, Sampling, SequenceStep, Step
+from sp_backend.commands import LOCAL, Group, Sampling, Scoring, SequenceStep, Step
 
 TOKEN_BYTES = 4
 
@@ -61,9 +61,10 @@ class StepWriter:
             tokens = {chunk.home.start: _tokens(chunk)}
             drawn_on: Seq[int] = chunk.home
         else:
-            tokens = dict(enumerate(_tokens_by_rank(chunk, placement)))
+            tokens = dict(enumerate(_by_rank(_tokens(chunk), chunk, placement)))
             last_page = (chunk.end - 1) // placement.page_size
             drawn_on = self._ranks if placement.heads else (sequence.owners[last_page],)
+        scoring = self._scoring(chunk)
         for rank, own in tokens.items():
             owners, pages = self._new_pages(sequence, rank)
             sampled = sampling if rank in drawn_on else None
@@ -80,8 +81,16 @@ class StepWriter:
                     own,
                     sampled,
                     pooling,
+                    scoring[rank],
                 ),
             )
+
+    def _scoring(self, chunk: Chunk) -> Seq[Scoring | None]:
+        """For each rank; until the prompt's scores are told, with its first token."""
+        num_top = chunk.sequence.request.prompt_logprobs
+        if num_top is None or chunk.sequence.num_generated:
+            return [None] * len(self._ranks)
+        return [Scoring(own, num_top) for own in _by_rank(_following(chunk), chunk, self._placement)]
 
     def _new_pages(self, sequence: Sequence, rank: int) -> tuple[bytes, bytes]:
         """Owners of the pages that a rank does not know of yet, and the indices of those that are its own."""
@@ -106,9 +115,15 @@ def _tokens(chunk: Chunk) -> bytes:
     return chunk.sequence.tokens[chunk.start : chunk.end].tobytes()
 
 
-def _tokens_by_rank(chunk: Chunk, placement: Placement) -> list[bytes]:
+def _following(chunk: Chunk) -> bytes:
+    """The token after each of the chunk's; the controller drops what stands for the one after the prompt."""
+    following = chunk.sequence.tokens[chunk.start + 1 : chunk.end + 1]
+    following.extend([0] * (chunk.num_new - len(following)))
+    return following.tobytes()
+
+
+def _by_rank(tokens: bytes, chunk: Chunk, placement: Placement) -> list[bytes]:
     """Each rank's new tokens: those of the pages it owns; in layout heads every rank computes all."""
-    tokens = _tokens(chunk)
     if placement.heads:
         return [tokens] * placement.num_ranks
     if len(chunk.home) == 1:

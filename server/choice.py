@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduler.request import GeneratedToken, Output, StepReport
 from server.stopping import StopStrings
@@ -30,6 +30,7 @@ class Delta:
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string or token that ended it
     steps: list[StepReport] = field(default_factory=list)  # with the last one, if they were asked for
+    prompt: list[GeneratedToken] = field(default_factory=list)  # all but its first token, once, if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,9 @@ class Choice:
 
     def add(self, output: Output) -> Delta:
         """A delta with `finish_reason` is the last one, whether `output` was or a stop string was found."""
+        return replace(self._add(output), prompt=output.prompt) if output.prompt else self._add(output)
+
+    def _add(self, output: Output) -> Delta:
         self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
         for step in output.steps:
             self._add_step(step)

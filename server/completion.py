@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from scheduler.request import GeneratedToken
 from server.choice import Delta, TokenText
 from server.generation import Job
 from server.streaming import event
-from server.tokenizer import Tokenizer
+from server.tokenizer import Detokenizer, Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -22,11 +23,13 @@ class Collected:
 
     parts: list[str] = field(default_factory=list)
     tokens: list[TokenText] = field(default_factory=list)
+    prompt: list[GeneratedToken] = field(default_factory=list)  # all but its first token, if asked for
     last: Delta | None = None
 
     def add(self, delta: Delta) -> None:
         self.parts.append(delta.text)
         self.tokens += delta.tokens
+        self.prompt += delta.prompt
         self.last = delta
 
     @property
@@ -63,39 +66,65 @@ class Format(Protocol):
     chunk_object: str
 
     def whole(self, index: int, collected: Collected) -> dict[str, Any]: ...
-    def first(self, index: int) -> dict[str, Any] | None: ...  # a choice's first chunk, if it needs one
+    def first(self, delta: Delta) -> dict[str, Any] | None: ...  # a choice's first chunk, if it needs one
     def piece(self, delta: Delta) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that comes again before its completion."""
+
+    ids: list[int]
+    text: str
 
 
 class CompletionFormat:
     object = chunk_object = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, echoes: list[str], n: int, logprobs: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, echoes: list[Echo], n: int, logprobs: bool) -> None:
         self._tokenizer = tokenizer
-        self._echoes = echoes  # for each prompt; "" unless asked for
+        self._echoes = echoes  # for each prompt; none at all: they are not repeated
         self._n = n
         self._logprobs = logprobs
-
-    def _echo(self, index: int) -> str:
-        return self._echoes[index // self._n]
 
     def whole(self, index: int, collected: Collected) -> dict[str, Any]:
         assert collected.last is not None
         text = self._echo(index) + collected.text
-        return {"index": index, "text": text, **self._rest(collected.tokens, collected.last)}
+        tokens = self._of_prompt(index, collected.prompt) + self._after_echo(index, collected.tokens)
+        return {"index": index, "text": text, "logprobs": self._logprobs_json(tokens), **_ending(collected.last)}
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        echo = self._echo(index)
-        return {"index": index, "text": echo, "logprobs": None, "finish_reason": None} if echo else None
+    def first(self, delta: Delta) -> dict[str, Any] | None:
+        if not self._echoes:
+            return None
+        logprobs = self._logprobs_json(self._of_prompt(delta.index, delta.prompt))
+        return {"index": delta.index, "text": self._echo(delta.index), "logprobs": logprobs, "finish_reason": None}
 
     def piece(self, delta: Delta) -> dict[str, Any]:
-        return {"index": delta.index, "text": delta.text, **self._rest(delta.tokens, delta)}
+        logprobs = self._logprobs_json(self._after_echo(delta.index, delta.tokens))
+        return {"index": delta.index, "text": delta.text, "logprobs": logprobs, **_ending(delta)}
 
-    def _rest(self, tokens: list[TokenText], delta: Delta) -> dict[str, Any]:
-        logprobs = self._logprobs_json(tokens) if self._logprobs else None
-        return {"logprobs": logprobs, **_ending(delta)}
+    def _echo(self, index: int) -> str:
+        return self._echoes[index // self._n].text if self._echoes else ""
 
-    def _logprobs_json(self, tokens: list[TokenText]) -> dict[str, Any]:
+    def _of_prompt(self, index: int, scores: list[GeneratedToken]) -> list[TokenText]:
+        """The prompt's tokens, of which the first has nothing before it and so no log-probability."""
+        if not self._echoes or not self._logprobs:
+            return []
+        ids = self._echoes[index // self._n].ids
+        text, length, tokens = Detokenizer(self._tokenizer, [], skip_special_tokens=True), 0, []
+        for generated in [GeneratedToken(ids[0]), *scores]:
+            tokens.append(TokenText(generated, length))
+            length += len(text.add(generated.token))
+        return tokens
+
+    def _after_echo(self, index: int, tokens: list[TokenText]) -> list[TokenText]:
+        """Offsets count from the start of the whole text."""
+        shift = len(self._echo(index)) if self._logprobs else 0
+        return [replace(token, offset=token.offset + shift) for token in tokens] if shift else tokens
+
+    def _logprobs_json(self, tokens: list[TokenText]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
         name = self._tokenizer.token_text
         return {
             "tokens": [name(token.generated.token) for token in tokens],
@@ -104,11 +133,13 @@ class CompletionFormat:
             "text_offset": [token.offset for token in tokens],
         }
 
-    def _alternatives(self, token: TokenText) -> dict[str, float]:
+    def _alternatives(self, token: TokenText) -> dict[str, float] | None:
         """The most likely tokens and the chosen one."""
         name, chosen = self._tokenizer.token_text, token.generated
-        result = {name(top.token): _finite(top.logprob) for top in reversed(chosen.top)}
-        result.setdefault(name(chosen.token), _finite(chosen.logprob))
+        if chosen.logprob is None:
+            return None
+        result = {name(top.token): max(top.logprob, LEAST_LOGPROB) for top in reversed(chosen.top)}
+        result.setdefault(name(chosen.token), max(chosen.logprob, LEAST_LOGPROB))
         return dict(sorted(result.items(), key=lambda item: -item[1]))
 
 
@@ -125,9 +156,9 @@ class ChatFormat:
         message = {"role": "assistant", "content": collected.text}
         return {"index": index, "message": message, **self._rest(collected.tokens, collected.last)}
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    def first(self, delta: Delta) -> dict[str, Any] | None:
+        opening = {"role": "assistant", "content": ""}
+        return {"index": delta.index, "delta": opening, "logprobs": None, "finish_reason": None}
 
     def piece(self, delta: Delta) -> dict[str, Any]:
         content = {"content": delta.text} if delta.text else {}
@@ -159,8 +190,8 @@ def _explained(delta: Delta) -> dict[str, Any]:
     return {"index": delta.index, "steps": [asdict(step) for step in delta.steps]}
 
 
-def _finite(logprob: float | None) -> float:
-    return LEAST_LOGPROB if logprob is None else max(logprob, LEAST_LOGPROB)
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +233,7 @@ class Writer:
                 usage.add(delta)
                 starts = delta.index not in begun
                 begun.add(delta.index)
-                if starts and (opening := self.format.first(delta.index)) is not None:
+                if starts and (opening := self.format.first(delta)) is not None:
                     yield chunk(opening)
                     starts = False  # clients take the first chunk for the first token: one is enough
                 if starts or delta.text or delta.tokens or delta.finish_reason is not None:

@@ -50,6 +50,7 @@ class Job:
     max_tokens: list[int]  # for each prompt
     rid: str | None = None  # the client's own name for it
     explain: bool = False  # the answer says which steps it took
+    prompt_logprobs: int | None = None  # None: none; k: of each prompt token and the k most likely alternatives
 
     @property
     def num_choices(self) -> int:
@@ -65,6 +66,7 @@ class Job:
             stop_token_ids=self.decoding.stop_token_ids,
             min_tokens=self.decoding.min_tokens,
             explain=self.explain,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 

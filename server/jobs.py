@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from server.chat_template import ChatTemplate
-from server.completion import ChatFormat, CompletionFormat, Format, Writer
+from server.completion import ChatFormat, CompletionFormat, Echo, Format, Writer
 from server.config import ServerConfig
 from server.errors import invalid, model_not_found, too_long
 from server.generation import Job
@@ -45,17 +46,16 @@ class JobReader:
         self._check_generates(body.model)
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of must equal n: candidates are not ranked.", "best_of")
-        if body.echo and body.logprobs is not None:
-            raise invalid("echo together with logprobs is not supported.", "logprobs")
         if body.suffix:
             raise invalid("suffix is not supported.", "suffix")
         decoding = await self._decoding(body, body.logprobs, body.max_tokens)
         prompts = await self._prompts.read(body.prompt)
         default = max(DEFAULT_MAX_TOKENS, decoding.min_tokens)
         job = self._job("cmpl", body, [prompt.ids for prompt in prompts], decoding, default, explain)
-        echoes = [""] * len(prompts)
+        echoes: list[Echo] = []
         if body.echo:
-            echoes = [prompt.text or self._tokenizer.decode(prompt.ids) for prompt in prompts]
+            job = replace(job, prompt_logprobs=body.logprobs)
+            echoes = [Echo(prompt.ids, prompt.text or self._tokenizer.decode(prompt.ids)) for prompt in prompts]
         style = CompletionFormat(self._tokenizer, echoes, decoding.n, body.logprobs is not None)
         return self._writer(job, body, style)
 

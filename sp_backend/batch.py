@@ -50,6 +50,16 @@ class SampleRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Hidden states that predict prompt tokens whose log-probabilities are wanted."""
+
+    request_id: int
+    rows: list[slice]
+    targets: torch.Tensor  # int64 [rows]: the tokens
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
 class PooledRows:
     """Hidden states that are summed for an embedding."""
 
@@ -65,6 +75,7 @@ class LocalBatch:
     groups: list[GroupRows]
     samples: list[SampleRow]
     pooled: list[PooledRows]
+    scored: list[ScoredRows]
 
 
 class BatchBuilder:
@@ -92,6 +103,7 @@ class BatchBuilder:
         groups: list[GroupRows] = []
         samples: list[SampleRow] = []
         pooled: list[PooledRows] = []
+        scored: list[ScoredRows] = []
         tokens, positions = [NO_INTS], [NO_INTS]
         num_rows = 0
         for group in step.groups:
@@ -100,6 +112,7 @@ class BatchBuilder:
             groups.append(laid)
             samples += self._samples(group, laid)
             pooled += self._pooled(group, laid)
+            scored += self._scored(group, laid)
             tokens += group_tokens
             positions += group_positions
             num_rows += sum(map(len, group_tokens))
@@ -110,6 +123,7 @@ class BatchBuilder:
             groups=groups,
             samples=samples,
             pooled=pooled,
+            scored=scored,
         )
 
     def _lay_out(self, group: Group, first_row: int) -> tuple[GroupRows, list[Ints], list[Ints]]:
@@ -237,6 +251,19 @@ class BatchBuilder:
             if any(part.start < part.stop for part in rows):
                 found.append(PooledRows(sequence.request_id, rows))
         return found
+
+    def _scored(self, group: Group, laid: GroupRows) -> list[ScoredRows]:
+        """A rank's tokens, and so the targets, lie chunk by chunk, as its rows do."""
+        return [
+            ScoredRows(
+                sequence.request_id,
+                [laid.rows_of(i, chunk) for chunk in laid.q_rows],
+                self._tensor(np.frombuffer(sequence.scoring.targets, "<i4").astype(np.int64)),
+                sequence.scoring.num_top,
+            )
+            for i, sequence in enumerate(group.sequences)
+            if sequence.scoring is not None and sequence.scoring.targets
+        ]
 
     def _last_chunk(self, group: Group, laid: GroupRows, i: int) -> int:
         """The chunk that holds the last new token of the i-th sequence."""

@@ -53,6 +53,13 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
 
+class Scoring(msgspec.Struct, frozen=True, array_like=True):
+    """Asks for the log-probability of each prompt token, given those before it."""
+
+    targets: bytes  # this rank's: the id that follows each of its new tokens (int32)
+    num_top: int  # how many of the most likely tokens are wanted beside it
+
+
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     """One request's part of a step: `num_new` tokens after `start` cached ones."""
 
@@ -66,6 +73,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     tokens: bytes  # this rank's: ids of the new tokens it computes (int32), in position order; or UNKNOWN alone
     sampling: Sampling | None = None  # set on ranks that hold the last new token: sample the one that follows it
     pooling: Pooling | None = None  # an embedding is made of these new tokens (of the last one, or of all of them)
+    scoring: Scoring | None = None  # these new tokens are prompt, and their log-probabilities are wanted
 
 
 class Group(msgspec.Struct, frozen=True, array_like=True):
@@ -130,6 +138,15 @@ class PooledStates(msgspec.Struct, frozen=True, array_like=True):
     states: bytes  # hidden_size float32, little-endian
 
 
+class Scores(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of prompt tokens: of those that follow one rank's new tokens."""
+
+    request_id: int
+    positions: list[int]  # of the tokens that are scored
+    logprobs: list[float]
+    top: list[list[TokenLogprob]]  # for each of them
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     """How far a worker is with its weights."""
 
@@ -161,6 +178,7 @@ class StepResult(msgspec.Struct, frozen=True, tag=True):
     wait_seconds: float  # total, blocked on transfers
     pooled: list[PooledStates] = []  # of this rank's rows; the sums of all ranks add up
     idle_seconds: float = 0.0  # between the previous answer and this step's command
+    scores: list[Scores] = []  # of this rank's rows
 
 
 class Failure(msgspec.Struct, frozen=True, tag=True):

@@ -50,6 +50,18 @@ def sample(
     return samples
 
 
+@torch.inference_mode()
+def score(logits: Tensor, targets: Tensor, num_top: int) -> tuple[list[float], list[list[TokenLogprob]]]:
+    """For each row the target's log-probability and the most likely tokens. logits [rows, vocab], targets [rows]."""
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(num_top, logits.shape[-1]))
+    tops = [
+        [TokenLogprob(*pair) for pair in zip(*row, strict=True)]
+        for row in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+    return logprobs.gather(-1, targets[:, None])[:, 0].tolist(), tops
+
+
 def _adjust(logits: Tensor, sampling: Sampling, allowed: Tensor | None) -> Tensor:
     """Penalties, then biases, then bans, on a copy; the same tensor if there are none. logits: [vocab]."""
     if not (sampling.context or sampling.logit_bias or sampling.banned or allowed is not None):

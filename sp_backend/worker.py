@@ -32,6 +32,7 @@ from sp_backend.commands import (
     PooledStates,
     Ready,
     SampledToken,
+    Scores,
     Shutdown,
     Step,
     StepResult,
@@ -53,7 +54,7 @@ from sp_backend.models.decoder import Decoder
 from sp_backend.models.weights import Progress
 from sp_backend.parallel import Collectives, NoCollectives, Shard
 from sp_backend.plan import Plan
-from sp_backend.sampling import sample
+from sp_backend.sampling import sample, score
 from sp_backend.topology import Machine, load_machine
 from sp_backend.transport import Transport
 from sp_backend.transport.collectives import GroupCollectives
@@ -62,6 +63,7 @@ from sp_backend.transport.shared_memory import shared_memory
 from sp_backend.trials import has_trials, learn, path_of, recall
 
 logger = logging.getLogger(__name__)
+SCORED_ROWS = 128  # whose logits are in memory at once, [rows, vocab] in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +216,7 @@ class Worker:
             bytes_sent=sum(c.bytes_sent for c in counters),
             wait_seconds=sum(c.wait_seconds for c in counters),
             pooled=self._pool(batch, hidden),
+            scores=self._score(batch, hidden),
         )
 
     def _sample(self, batch: LocalBatch, hidden: torch.Tensor) -> list[SampledToken]:
@@ -241,6 +244,27 @@ class Worker:
             PooledStates(part.request_id, self.decoder.pooled(hidden, part.rows).numpy(force=True).tobytes())
             for part in batch.pooled
         ]
+
+    def _score(self, batch: LocalBatch, hidden: torch.Tensor) -> list[Scores]:
+        """Ranks that share a vocabulary compute logits together: all take part, the first of them answers."""
+        found = []
+        for part in batch.scored:
+            rows = torch.cat([torch.arange(own.start, own.stop, device=hidden.device) for own in part.rows])
+            scored = [
+                score(self.decoder.logits(hidden[block]), targets, part.num_top)
+                for block, targets in zip(
+                    torch.split(rows, SCORED_ROWS), torch.split(part.targets, SCORED_ROWS), strict=True
+                )
+            ]
+            found.append(
+                Scores(
+                    part.request_id,
+                    (batch.positions[rows] + 1).tolist(),
+                    [logprob for logprobs, _ in scored for logprob in logprobs],
+                    [top for _, tops in scored for top in tops],
+                )
+            )
+        return found if self._shard.group_rank == 0 else []
 
     def _page_budget(self, model: ModelConfig, dtype: torch.dtype) -> int:
         if self._config.num_pages is not None:

@@ -15,7 +15,7 @@ import torch
 from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.plans import StepPlanner
-from scheduler.request import GenerateRequest, Output
+from scheduler.request import GeneratedToken, GenerateRequest, Output
 from sp_backend.commands import Pooling, Sampling, Step, StepResult
 from sp_backend.config import BackendConfig
 from sp_backend.kernels import Attention, get_kernel
@@ -98,25 +98,27 @@ class Engine:
         self._num_requests = 0
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        names = [f"request-{self._num_requests + i}" for i in range(len(prompts))]
-        self._num_requests += len(prompts)
-        for name, prompt in zip(names, prompts, strict=True):
-            self.controller.submit(GenerateRequest(name, prompt, max_tokens, GREEDY))
-        while self.controller.step():
-            pass
-        assert self.controller.healthy() is None, self.controller.healthy()
-        return [[t.token for output in self._outputs[name] for t in output.tokens] for name in names]
+        answers = self._run(prompts, max_tokens, sampling=GREEDY)
+        return [[t.token for output in outputs for t in output.tokens] for outputs in answers]
+
+    def score(self, prompts: list[list[int]], num_top: int) -> list[list[GeneratedToken]]:
+        """Every prompt token but the first."""
+        answers = self._run(prompts, 3, sampling=GREEDY, prompt_logprobs=num_top)
+        return [[token for output in outputs for token in output.prompt] for outputs in answers]
 
     def embed(self, prompts: list[list[int]], pooling: Pooling) -> list[Output]:
         """The last output of each."""
+        return [outputs[-1] for outputs in self._run(prompts, 0, pooling=pooling)]
+
+    def _run(self, prompts: list[list[int]], max_tokens: int, **fields: Any) -> list[list[Output]]:
         names = [f"request-{self._num_requests + i}" for i in range(len(prompts))]
         self._num_requests += len(prompts)
         for name, prompt in zip(names, prompts, strict=True):
-            self.controller.submit(GenerateRequest(name, prompt, 0, pooling=pooling))
+            self.controller.submit(GenerateRequest(name, prompt, max_tokens, **fields))
         while self.controller.step():
             pass
         assert self.controller.healthy() is None, self.controller.healthy()
-        return [self._outputs[name][-1] for name in names]
+        return [self._outputs[name] for name in names]
 
     def cached_tokens(self, number: int) -> int:
         return self._outputs[f"request-{number}"][-1].cached_tokens

@@ -130,6 +130,23 @@ def test_every_other_strategy(folder: Path, family: str, sp: int, strategy: str)
     assert it.complete([SHORT, FOLLOW_UP], NEW_TOKENS) == [expected_tokens(model, tuple(p)) for p in (SHORT, FOLLOW_UP)]
 
 
+@pytest.mark.parametrize(("tp", "sp", "layout", "strategy", "redundant"), CASES)
+def test_logprobs_of_prompts(folder: Path, tp: int, sp: int, layout: str, strategy: str, redundant: bool) -> None:
+    """Of every token, also of those whose pages are cached, at the ends of chunks, and next to other requests."""
+    model = checkpoint(folder, "qwen3")
+    it = engine(model, tp, sp, layout, strategy, redundant)
+    it.complete([LONG], 1)
+    answers = it.score([LONG, SHORT, FOLLOW_UP], 2)
+    for prompt, answer in zip([LONG, SHORT, FOLLOW_UP], answers, strict=True):
+        expected = oracle_logits(model, prompt).log_softmax(-1)[:-1]
+        assert [token.token for token in answer] == prompt[1:]
+        assert [token.logprob for token in answer] == pytest.approx(expected[range(len(answer)), prompt[1:]], abs=1e-4)
+        best = expected.topk(2)
+        for token, ids, values in zip(answer, best.indices.tolist(), best.values.tolist(), strict=True):
+            assert [top.logprob for top in token.top] == pytest.approx(values, abs=1e-4)
+            assert [top.token for top in token.top] == ids or abs(values[0] - values[1]) < 2e-4
+
+
 class Restless:
     """A planner that runs another plan in every step, and spreads every prompt over another number of ranks."""
 

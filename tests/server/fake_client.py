@@ -89,7 +89,8 @@ class FakeClient:
                 return
             last = FinishReason.LENGTH if made == request.max_tokens else None
             steps = self._steps(request, made) if request.explain else []
-            yield Output(name, tokens, last, cached_tokens=self.cached_tokens, steps=steps)
+            prompt = self._scored(request) if made <= self.tokens_per_output else []
+            yield Output(name, tokens, last, cached_tokens=self.cached_tokens, steps=steps, prompt=prompt)
             await self._wait(self.token_seconds)
 
     def _embedded(self, request: GenerateRequest) -> Output:
@@ -124,6 +125,18 @@ class FakeClient:
             return GeneratedToken(token)
         top = [TokenLogprob(token + k, -0.5 - k) for k in range(asked)]
         return GeneratedToken(token, -0.5, top)
+
+    @staticmethod
+    def _scored(request: GenerateRequest) -> list[GeneratedToken]:
+        """The n-th token of a prompt has the log-probability -n, and is the likeliest."""
+        num_top, ids = request.prompt_logprobs, enumerate(request.prompt)
+        if num_top is None:
+            return []
+        return [
+            GeneratedToken(token, float(-n), [TokenLogprob(token + k, -n - k) for k in range(num_top)])
+            for n, token in ids
+            if n > 0
+        ]
 
     def abort(self, request_id: str) -> None:
         self._asked_to_abort.add(request_id)

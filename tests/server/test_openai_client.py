@@ -123,6 +123,35 @@ def test_echo(api: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == "a ba"
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_echoed_logprobs(api: openai.OpenAI, n: int) -> None:
+    """What evaluation harnesses read: the prompt's log-probabilities, then those of the generated token."""
+    ids = TOKENIZER.encode(PROMPT)
+    for prompt in (PROMPT, ids):
+        answer = api.completions.create(model="default", prompt=prompt, echo=True, logprobs=1, max_tokens=1, n=n)
+        for choice in answer.choices:
+            logprobs = choice.logprobs
+            assert logprobs is not None and logprobs.tokens is not None and logprobs.text_offset is not None
+            assert logprobs.token_logprobs == [None, *(float(-i) for i in range(1, len(ids))), -0.5]
+            assert logprobs.top_logprobs is not None and logprobs.top_logprobs[0] is None
+            assert [list(top)[0] for top in logprobs.top_logprobs[1:]] == logprobs.tokens[1:]
+            ends = [*logprobs.text_offset[1:], len(choice.text)]
+            pieces = [choice.text[begin:end] for begin, end in zip(logprobs.text_offset, ends, strict=True)]
+            assert "".join(pieces) == choice.text
+            assert all(
+                piece == token for piece, token in zip(pieces, logprobs.tokens, strict=True) if "\ufffd" not in token
+            )
+
+
+def test_streamed_echo_has_the_same_logprobs(api: openai.OpenAI) -> None:
+    fields = {"model": "default", "prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 3}
+    whole = api.completions.create(**fields).choices[0].logprobs
+    parts = [chunk.choices[0].logprobs for chunk in api.completions.create(**fields, stream=True)]
+    assert whole is not None and whole.token_logprobs is not None
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [entry for part in parts for entry in getattr(part, name)] == getattr(whole, name)
+
+
 def test_completion_logprobs(api: openai.OpenAI) -> None:
     logprobs = api.completions.create(model="default", prompt=PROMPT, max_tokens=4, logprobs=2).choices[0].logprobs
     assert logprobs is not None and logprobs.tokens == ["def", " hel", "lo", "("]

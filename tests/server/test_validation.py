@@ -71,7 +71,6 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 3, "n": 2}, "best_of"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
-    ({"logprobs": 1, "echo": True}, "logprobs"),
     ({"suffix": "x"}, "suffix"),
     ({"stop": 5}, "stop"),
     ({"stop": ["a", 5]}, "stop[1]"),
