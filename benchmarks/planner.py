@@ -78,23 +78,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="of --measured: quick candidates take more turns until these passed"
     )
+    parser.add_argument(
+        "--limit", type=float, default=320.0, help="of --measured: seconds after which no other batch is begun"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     decision = decision_seconds()
+    about: dict[str, Any]
     if args.simulated:
-        bar = tqdm(cases(args.cases), desc="Cases", unit="case", total=args.cases)
-        judged = [judge(case, args.spread) for case in bar]
+        judged = [judge(c, args.spread) for c in tqdm(cases(args.cases), "Cases", args.cases, unit="case")]
         told, results = ([pair[i] for pair in judged] for i in (0, 1))
-        print("as told, without trial steps:")
-        report(told)
-        print("after trial steps:")
-        about: dict[str, Any] = {"spread": args.spread, "noise": NOISE, "without_trials": summary(told)}
+        about = {"spread": args.spread, "noise": NOISE}
     else:
         from benchmarks.planner_ranks import measure_all  # torch and processes, which the simulation does without
 
-        results, about = measure_all(
-            args.ranks, batches(args.lengths), SHAPES["12:4 x 32"], args.repeats, args.seconds, PAGE_SIZE
+        shape = SHAPES["12:4 x 32"]
+        told, results, about = measure_all(
+            args.ranks, batches(args.lengths), shape, args.repeats, args.seconds, PAGE_SIZE, args.limit
         )
+    about["without_trials"] = summary(told)
+    print("by what the planner was told, without trial steps:")
+    report(told)
+    print("after trial steps:")
     report(results)
     print(f"a decision takes {decision * 1e6:.0f} us")
     if args.json:

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,12 +24,15 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from benchmarks.regret import Result, result
+from sp_backend.calibrate import REPEATS, Correction, choose_trials, correct
 from sp_backend.cost import ModelShape
 from sp_backend.execute import Executor
+from sp_backend.geometry import Geometry
 from sp_backend.kernels import Kernel, get_kernel
 from sp_backend.measure import measure
 from sp_backend.native import choose_kernel
-from sp_backend.planner import Batch, Candidate, Planner
+from sp_backend.plan import Plan
+from sp_backend.planner import Batch, Planner
 from sp_backend.transport import Transport
 from sp_backend.transport.gloo import GlooTransport
 from sp_backend.transport.shared_memory import shared_memory
@@ -38,6 +42,7 @@ HIDDEN = 256  # of the dense products: their sizes, not their number, are those 
 LONG_SECONDS = 2.0  # a candidate that takes this long is not run more often than FEWEST
 FEWEST = 3
 MOST = 100  # turns
+LONGEST_TRIAL = 32768  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +53,29 @@ class Job:
     repeats: int
     seconds: float  # quick candidates take more turns, until these have passed
     page_size: int
+    limit: float  # seconds after which no other batch is begun
     folder: str
 
 
 def measure_all(
-    num_ranks: int, batches: Sequence[Batch], shape: ModelShape, repeats: int, seconds: float, page_size: int
-) -> tuple[list[Result], dict[str, Any]]:
-    """Results, and the machine as measured."""
+    num_ranks: int,
+    batches: Sequence[Batch],
+    shape: ModelShape,
+    repeats: int,
+    seconds: float,
+    page_size: int,
+    limit: float,
+) -> tuple[list[Result], list[Result], dict[str, Any]]:
+    """Results by what the planner measured at start, by what trial steps made of that, and the machine. Those so far,
+    if interrupted.
+    """
     with tempfile.TemporaryDirectory() as folder:
         shape = replace(shape, itemsize=DTYPE.itemsize)
-        job = Job(num_ranks, [list(batch) for batch in batches], shape, repeats, seconds, page_size, folder)
-        spawn(_rank, (job,), nprocs=num_ranks)
-        return msgspec.json.decode((Path(folder) / "results").read_bytes(), type=tuple[list[Result], dict[str, Any]])
+        job = Job(num_ranks, [list(batch) for batch in batches], shape, repeats, seconds, page_size, limit, folder)
+        with suppress(KeyboardInterrupt):
+            spawn(_rank, (job,), nprocs=num_ranks)
+        found = (Path(folder) / "results").read_bytes()
+        return msgspec.json.decode(found, type=tuple[list[Result], list[Result], dict[str, Any]])
 
 
 def _rank(rank: int, job: Job) -> None:
@@ -70,25 +86,61 @@ def _rank(rank: int, job: Job) -> None:
     transport: Transport = shared_memory(gloo, wait.total_seconds()) or gloo
     kernel = get_kernel(choose_kernel()[0])
     machine = measure(transport, kernel, job.shape, DTYPE)
-    planner = Planner(machine, job.shape, job.num_ranks, page_size=job.page_size)
-    results = []
+    told = Planner(machine, job.shape, job.num_ranks, page_size=job.page_size)
+    correction = _corrected(told, kernel, transport)
+    corrected = told.on(correction.machine)
+    about = {"machine": msgspec.to_builtins(machine), "correction": str(correction), "torch": str(torch.__version__)}
+    results: tuple[list[Result], list[Result]] = ([], [])
+    since = time.perf_counter()
     for batch in tqdm(job.batches, desc="Batches", unit="batch", disable=rank > 0):
-        choice = planner.choose(batch)
-        runs = {str(c.variant): _layer(c, job.shape, kernel, transport) for c in planner.rank_candidates(batch)}
+        runs = {
+            str(c.variant): _layer(c.plan, c.geometry, job.shape, kernel, transport)
+            for c in told.rank_candidates(batch)
+        }
         layer = _medians(runs, job)
         seconds = {name: job.shape.num_layers * s for name, s in layer.items()}
-        named = f"{job.num_ranks} ranks, {transport.name}", "bfloat16", batch, str(choice.variant), choice.seconds
-        results.append(result(*named, seconds))
-    if rank == 0:
-        about = {"machine": msgspec.to_builtins(machine), "torch": str(torch.__version__)}
-        (Path(job.folder) / "results").write_bytes(msgspec.json.encode((results, about)))
+        for planner, found in zip((told, corrected), results, strict=True):
+            choice = planner.choose(batch)
+            named = f"{job.num_ranks} ranks, {transport.name}", "bfloat16", batch, str(choice.variant), choice.seconds
+            found.append(result(*named, seconds))
+        if rank == 0:
+            (Path(job.folder) / "results").write_bytes(msgspec.json.encode((*results, about)))
+        if _slowest(time.perf_counter() - since) > job.limit:
+            break
     dist.destroy_process_group()
 
 
-def _layer(candidate: Candidate, shape: ModelShape, kernel: Kernel, transport: Transport) -> Callable[[], object]:
+def _corrected(planner: Planner, kernel: Kernel, transport: Transport) -> Correction:
+    """By trial steps, as a server's start runs them."""
+    shape, trials = planner.shape, choose_trials(planner, LONGEST_TRIAL)
+    runs = []
+    for trial in trials:
+        plan, geometry = planner.plan(trial.variant), planner.lay_out(trial.variant, trial.batch)
+        runs.append(_layer(plan, geometry, shape, kernel, transport))
+    layers = [[_timed(run) for run in runs] for _ in range(1 + REPEATS)][1:]
+    fixed = planner.machine.rates.step_seconds
+    return correct(planner, trials, [fixed + shape.num_layers * min(each) for each in zip(*layers, strict=True)])
+
+
+def _timed(run: Callable[[], object]) -> float:
+    """Seconds of the slowest rank."""
+    dist.barrier()
+    since = time.perf_counter()
+    run()
+    return _slowest(time.perf_counter() - since)
+
+
+def _slowest(seconds: float) -> float:
+    found = torch.tensor([seconds])
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
+def _layer(
+    plan: Plan, geometry: Geometry, shape: ModelShape, kernel: Kernel, transport: Transport
+) -> Callable[[], object]:
     """One layer of this rank under a plan, on random tensors."""
-    plan, rank, geometry = candidate.plan, transport.rank, candidate.geometry
-    layout, heads = plan.layout, shape.num_kv_heads
+    rank, layout, heads = transport.rank, plan.layout, shape.num_kv_heads
     executor = Executor(plan, rank, kernel, transport, head_dim=shape.head_dim, dtype=DTYPE)
     schedule = executor.schedule(geometry)
     rows = [sum(row[c] for row in geometry.rows) for c in range(layout.num_chunks)]
@@ -113,14 +165,10 @@ def _medians(runs: dict[str, Callable[[], object]], job: Job) -> dict[str, float
         for name, run in runs.items():
             if len(times[name]) >= FEWEST and times[name][0] > LONG_SECONDS:
                 continue
-            dist.barrier()
-            since = time.perf_counter()
-            run()
-            slowest = torch.tensor([time.perf_counter() - since])
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            total += float(slowest)
-            if turn or float(slowest) > LONG_SECONDS:
-                times[name].append(float(slowest))
+            took = _timed(run)
+            total += took
+            if turn or took > LONG_SECONDS:
+                times[name].append(took)
         if turn == 0:
             turns = max(job.repeats, min(MOST, round(job.seconds / total)))
         turn += 1
