@@ -20,9 +20,11 @@ from sp_backend.commands import (
     Group,
     PooledStates,
     SampledToken,
+    Scores,
     SequenceStep,
     Step,
     StepResult,
+    TokenLogprob,
     decode_command,
     encode,
     fill_in,
@@ -45,6 +47,11 @@ def next_token(history: np.ndarray, banned: list[int], seed: int) -> int:
     while token in banned:
         token = (token + 1) % VOCAB
     return token
+
+
+def score_of(before: int, token: int) -> float:
+    """The log-probability of a prompt token."""
+    return -float(VOCAB * before + token)
 
 
 def expected_tokens(prompt: list[int], count: int, seed: int = 0) -> list[int]:
@@ -104,6 +111,7 @@ class FakeWorkers:
                 del self._tables[rank][request_id]
         sampled: list[SampledToken] = []
         pooled: list[list[PooledStates]] = [[] for _ in steps]
+        scores: list[list[Scores]] = [[] for _ in steps]
         tokens, pairs = np.zeros(self.config.sp_size), np.zeros(self.config.sp_size)
         assert self.config.layout == "tokens" or len(self.steps[-1].groups) == 1
         for group in self.steps[-1].groups:
@@ -112,6 +120,7 @@ class FakeWorkers:
                 assert list(parts) == ([sequence.home] if group.plan == "local" else list(range(self.config.sp_size)))
                 sampled += self._run(group.plan, parts)
                 self._pool(parts, pooled)
+                self._score(parts, scores)
                 self._count_work(sequence, tokens, pairs)
         seconds = self._seconds(tokens.max(), pairs.max())
         begins = max([self.clock.now, *(arrival for arrival, _ in self._results)])
@@ -123,6 +132,7 @@ class FakeWorkers:
                 sampled if rank == ranks[0] else [],
                 seconds,
                 pooled[rank] if rank < self.config.sp_size else [],  # other TP ranks have the same states
+                scores[rank] if rank < self.config.sp_size else [],
             )
             for rank in ranks
         ]
@@ -198,6 +208,21 @@ class FakeWorkers:
                 states = np.array([ids.sum(), len(ids)], "<f4")
                 pooled[rank].append(PooledStates(part.request_id, states.tobytes()))
 
+    def _score(self, parts: dict[int, SequenceStep], scores: list[list[Scores]]) -> None:
+        """What each rank tells of the prompt tokens that follow its own."""
+        for rank, part in list(parts.items())[:1] if self.config.layout == "heads" else parts.items():
+            if part.scoring is None:
+                continue
+            table, ids = self._tables[rank][part.request_id], np.frombuffer(part.tokens, "<i4").tolist()
+            at = [p for p in range(part.start, part.start + part.num_new) if self._computes(rank, part, table, p)]
+            targets = np.frombuffer(part.scoring.targets, "<i4").tolist()
+            logprobs = [score_of(before, token) for before, token in zip(ids, targets, strict=True)]
+            tops = [[TokenLogprob(token, 0.0)] * part.scoring.num_top for token in targets]
+            scores[rank].append(Scores(part.request_id, [position + 1 for position in at], logprobs, tops))
+
+    def _computes(self, rank: int, part: SequenceStep, table: Table, position: int) -> bool:
+        return self.config.layout == "heads" or table.owners[position // self.config.page_size] == rank
+
     def _check_plan(self, plan: str, part: SequenceStep, owners: list[int]) -> None:
         ps, heads = self.config.page_size, self.config.layout == "heads" and self.config.sp_size > 1
         assert self.config.causal or part.start == 0, "under a full mask nothing is cached, and nothing is cut"
@@ -245,9 +270,15 @@ class FakeWorkers:
         pairs[ranks] += part.num_new * (part.start + part.num_new / 2) / part.degree
 
     def _result(
-        self, step_id: int, rank: int, tokens: list[SampledToken], seconds: float, pooled: list[PooledStates]
+        self,
+        step_id: int,
+        rank: int,
+        tokens: list[SampledToken],
+        seconds: float,
+        pooled: list[PooledStates],
+        scores: list[Scores],
     ) -> StepResult:
-        return StepResult(step_id, rank, tokens, seconds, 0, 0, 0.0, pooled, self.idle_seconds)
+        return StepResult(step_id, rank, tokens, seconds, 0, 0, 0.0, pooled, self.idle_seconds, scores)
 
 
 def _joined(steps: dict[int, Step]) -> Step:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.plans import StepPlanner
-from scheduler.request import GenerateRequest, Output, StepReport
+from scheduler.request import GeneratedToken, GenerateRequest, Output, StepReport
 from sp_backend.commands import Sampling
 from tests.scheduler.fake_workers import Clock, FakeWorkers, backend_config
 
@@ -27,6 +27,7 @@ class Harness:
     controller: Controller
     workers: FakeWorkers
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    prompts: dict[str, list[GeneratedToken]] = field(default_factory=dict)  # with their log-probabilities
     times: dict[str, list[float]] = field(default_factory=dict)  # when each token came
     ends: dict[str, Output] = field(default_factory=dict)
     steps: dict[str, list[StepReport]] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Harness:
         for output in outputs:
             assert output.request_id not in self.ends, "nothing after the last output"
             self.tokens.setdefault(output.request_id, []).extend(t.token for t in output.tokens)
+            self.prompts.setdefault(output.request_id, []).extend(output.prompt)
             self.times.setdefault(output.request_id, []).extend(self.workers.clock.now for _ in output.tokens)
             self.steps.setdefault(output.request_id, []).extend(output.steps)
             if output.finish_reason:
