@@ -266,6 +266,18 @@ def test_a_layer_takes_no_memory_that_the_one_before_has_not_given_back(name: st
         assert free[0] == free[1] and all(free[0])
 
 
+@pytest.mark.parametrize("name", ["ring_pass_kv", "token_ring"])
+def test_memory_for_partial_results_does_not_grow_with_history(name: str) -> None:
+    """It is that of the queries a rank has at a time: its own, and in TokenRing those that visit. (A ring of KV joins
+    keys that came in blocks, if they are not many.)"""
+    plan = plan_for(name, num_ranks=2, num_heads=4, num_kv_heads=2)
+    state = 20 * 4 * (8 + 1) * 4  # rows of a rank, heads, out and lse, fp32
+    for cached in (20_000, 40_000):
+        batch = Batch(plan.layout, [Request(40, cached)])
+        for executor in run_lockstep(plan, batch, paged=True, layers=3).executors:
+            assert executor.pool.num_free_bytes == state * (2 if name == "token_ring" else 1)
+
+
 def test_a_long_step_then_a_short_one_then_an_empty_one() -> None:
     plan = plan_for("ring_pass_kv", num_ranks=2, num_heads=4, num_kv_heads=2)
     network = LockstepNetwork(1)
