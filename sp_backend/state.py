@@ -41,13 +41,13 @@ class AttentionState:
         target.lse.copy_(total.log().add_(shift))
         share = theirs.div_(total.clamp_(min=1.0)).unsqueeze(-1)
         rows = max(1, _PART // max(1, self.out[:1].numel()))
-        for mine, came, weight, into in zip(
-            *(torch.split(x, rows) for x in (self.out, other.out, share, target.out)), strict=True
-        ):
+        for first in range(0, len(self.out), rows):
+            part = slice(first, first + rows)
+            mine, came = self.out[part], other.out[part].to(self.out.dtype)
             if target is self:
-                mine.lerp_(came.to(mine.dtype), weight)
+                mine.lerp_(came, share[part])
             else:
-                into.copy_(torch.lerp(mine, came.to(mine.dtype), weight))
+                target.out[part] = torch.lerp(mine, came, share[part])
         return target
 
     def copy_(self, other: AttentionState) -> AttentionState:
