@@ -36,7 +36,7 @@ class Result:
     tokens: int
     ready: int  # resident before the prompt
     peak: int
-    kv: int  # a rank's share of the prompt's keys and values
+    kv: int  # a rank's share of the prompt's keys and values, in bf16
     rest: int  # peak - kv
 
 
@@ -49,14 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("server_args", nargs="*", help="after --: further flags of the server")
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
-        folder, flags = DEFAULT_MODEL, ["--sp-size", str(args.sp_size), "--threads-per-rank", "1"]
+        flags = ["--sp-size", str(args.sp_size), "--threads-per-rank", "1"]
         if args.model == "dummy":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_model(folder)
             flags += ["--model-path", str(folder)]
-        model = ModelConfig.load(folder)
+        flags += args.server_args
+        model = ModelConfig.load(model_folder(flags))
         progress = tqdm(args.lengths, desc="Lengths", disable=None)
-        results = [measure(model, tokens, args.sp_size, [*flags, *args.server_args]) for tokens in progress]
+        results = [measure(model, tokens, args.sp_size, flags) for tokens in progress]
     print(f"{'tokens':>8}{'ready':>12}{'peak':>12}{'KV share':>12}{'peak - KV':>12}  MiB of a rank")
     for r in results:
         print(f"{r.tokens:>8}" + "".join(f"{n / MIB:>12.0f}" for n in (r.ready, r.peak, r.kv, r.rest)))
@@ -65,13 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def model_folder(flags: Sequence[str]) -> Path:
+    """The model that a server with these flags serves."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model-path", type=Path, default=DEFAULT_MODEL)
+    found: Path = parser.parse_known_args(flags)[0].model_path
+    return found
+
+
 def measure(model: ModelConfig, tokens: int, sp_size: int, flags: Sequence[str]) -> Result:
     with LaunchedServer(*flags) as server:
         ranks = psutil.Process(server.process.pid).children(recursive=True)
         ready = max(rank.memory_info().rss for rank in ranks)
         time_to_first_token(server, tokens, seed=tokens)
         peak = max(peak_bytes(rank.pid) for rank in ranks)
-    per_token = model.num_layers * 2 * model.num_kv_heads * model.head_dim * 2  # bf16
+    per_token = model.num_layers * 2 * model.num_kv_heads * model.head_dim * 2
     kv = tokens * per_token // sp_size
     return Result(tokens, ready, peak, kv, peak - kv)
 

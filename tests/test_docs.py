@@ -35,6 +35,7 @@ QUICKER = {  # module -> flags that make it quick
     "benchmarks.greedy": "--sp-sizes 2 --output-tokens 4 --setups auto sharded_q",
     "benchmarks.attention": "--only kernel ranks --lengths 512 8192 --rounds 1 --quick",
     "benchmarks.startup": "--quick",
+    "benchmarks.memory": "--lengths 128",
     "benchmarks.planner": "--repeats 1 --seconds 0",
     "benchmarks.published": "--ranks 2 --tokens 256 --repeats 1",
 }
