@@ -36,7 +36,7 @@ bench-peers: $(PEERS_VENV)/.ready  # what benchmarks compare with, in an environ
 
 $(PEERS_VENV)/.ready: pyproject.toml benchmarks/peers.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS_VENV)
-	$(PEERS_VENV)/bin/python -m pip install -c constraints.txt -e . -r benchmarks/peers.txt
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(PEERS_VENV)/bin/python -m pip install -c constraints.txt -e . -r benchmarks/peers.txt
 	touch $@
 
 $(SGLANG_VENV)/.ready: pyproject.toml tests/sglang/requirements.txt tests/sglang/cpu_platform/pyproject.toml

@@ -50,7 +50,7 @@ def transformers(folder: Path, threads: int) -> Prefill:
 
 
 def llama_cpp(folder: Path, threads: int) -> Prefill:
-    """Its fastest settings here: weights and KV in bf16, flash attention, batches of 512."""
+    """Weights in bf16 and KV in f16, its default and twice as fast here as KV in bf16; flash attention."""
     import llama_cpp
 
     file = folder / "model.gguf"
