@@ -78,6 +78,7 @@ class Controller:
         self._last_ranks = frozenset[int]()  # SP ranks of the newest step; none after a pause
         self._plans: dict[str, PlanStats] = {}
         self._last_choice: LastChoice | None = None
+        self._due: list[Output] = []  # not handed out yet
         self._log = StepLog(config.decode_log_interval, clock())
 
     # Any thread
@@ -163,14 +164,18 @@ class Controller:
             if not self._in_flight:
                 self._send_next()
             if not self._in_flight:
+                self._emit()
                 self._last_ranks = frozenset()
                 return False
             results = self._results_before_next_is_planned()
             if results is None and not self._closing:
                 self._send_next()
+                self._emit()
                 results = self._await_results()
             if results is not None:
                 self._complete(self._in_flight.popleft(), results)
+            if not (self._in_flight and self._in_flight[0].planned.kind == "decode"):
+                self._emit()  # else the next step is planned at once, and goes first: workers may be waiting for it
             return True
         return False
 
@@ -203,7 +208,7 @@ class Controller:
             aborted, self._aborted = self._aborted, deque()
         for _ in range(num_submitted):  # one by one: should one raise, the others are still there to be told
             self.batcher.add(self._submitted.popleft())
-        self._emit([output for output in map(self.batcher.abort, aborted) if output])
+        self._due += [output for output in map(self.batcher.abort, aborted) if output]
         if self._flush:
             self._flush = False
             self.batcher.placement.cache.flush()
@@ -271,7 +276,7 @@ class Controller:
         sampled = {token.request_id: token for result in results for token in result.tokens}
         self.batcher.pool(planned, results)
         outputs = self.batcher.complete(planned, sampled, seconds)
-        self._emit(outputs)  # whoever hands them on waits for the interpreter: nothing follows that can be done earlier
+        self._due += outputs
         if planned.kind == "decode" and self._log.decode_is_due(len(outputs)):
             self._log.decode(self.stats(), self._clock())
 
@@ -287,9 +292,11 @@ class Controller:
             self._last_choice = LastChoice(planned.plan, planned.choices[0].reason, predicted, seconds)
         self._log.plan(planned.kind, planned.num_new, planned.choices, seconds)
 
-    def _emit(self, outputs: list[Output]) -> None:
-        if outputs:
-            self._on_outputs(outputs)
+    def _emit(self) -> None:
+        """Whoever hands outputs on needs the interpreter at once: what can be done before is done before."""
+        due, self._due = self._due, []
+        if due:
+            self._on_outputs(due)
 
     def _fail(self, why: str) -> None:
         with self._lock:
@@ -298,7 +305,8 @@ class Controller:
             self._failure = why
             submitted, self._submitted = self._submitted, deque()
         self._in_flight.clear()
-        self._emit(self.batcher.fail_all(why) + [failed(request.request_id, why) for request in submitted])
+        self._due += self.batcher.fail_all(why) + [failed(request.request_id, why) for request in submitted]
+        self._emit()
         if why != SHUT_DOWN:
             logger.error("cannot go on: %s", why)
 

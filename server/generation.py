@@ -186,9 +186,11 @@ class _Clock:
             else:
                 self._metrics.next_tokens(now - self._last, new)
             self._num_tokens, self._last = delta.num_tokens, now
+        if delta.finish_reason is None:
+            return
         if delta.finish_reason == FinishReason.ABORT.value:
             self.close()
-        elif delta.finish_reason is not None:
+        else:
             self._metrics.finished(delta.finish_reason, now - self._start)
             self.closed = True
 

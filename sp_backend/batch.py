@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from sp_backend.kv_cache import Ints, PageTable, Rows
 from sp_backend.layout import Layout
 
 NO_INTS = np.empty(0, np.int64)
+TOKEN_BYTES = 4  # int32, on the wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,8 @@ class GroupRows:
 
     def rows_of(self, i: int, chunk: int) -> slice:
         """The rows of the i-th sequence in a query chunk of this rank."""
-        counts = [rows[chunk] for rows in self.geometry.rows[: i + 1]]
-        stop = self.q_rows[chunk].start + sum(counts)
-        return slice(stop - counts[-1], stop)
+        first, (lo, hi) = self.q_rows[chunk].start, self.geometry.chunk_spans(chunk)[i]
+        return slice(first + lo, first + hi)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +131,20 @@ class BatchBuilder:
         layout = self._layouts[group.plan]
         new = [self._new_rows(layout, sequence) for sequence in group.sequences]  # [sequence][chunk]
         tables = [self._tables[sequence.request_id] for sequence in group.sequences]
-        ids = [np.frombuffer(sequence.tokens, "<i4").astype(np.int64) for sequence in group.sequences]
         tokens, positions, q_rows = [], [], {}
-        taken = [0] * len(group.sequences)
+        taken = [0] * len(group.sequences)  # bytes
         row = first_row
         for chunk in layout.q_of(self._sp_rank):
-            begin = row
-            for i, sequence in enumerate(group.sequences):
-                n, at = new[i][chunk], sequence.start + sum(new[i][:chunk])
-                tokens.append(ids[i][taken[i] : taken[i] + n])
-                positions.append(np.arange(at, at + n))
-                taken[i] += n
-                row += n
-            q_rows[chunk] = slice(begin, row)
-        assert taken == [len(own) for own in ids], "tokens sent are the tokens of this rank's chunks"
+            counts = [rows[chunk] for rows in new]
+            ends = [done + TOKEN_BYTES * n for done, n in zip(taken, counts, strict=True)]
+            parts = [s.tokens[a:b] for s, a, b in zip(group.sequences, taken, ends, strict=True)]
+            tokens.append(np.frombuffer(b"".join(parts), "<i4").astype(np.int64))
+            firsts = [s.start + sum(rows[:chunk]) for s, rows in zip(group.sequences, new, strict=True)]
+            positions.append(_ranges(firsts, counts))
+            taken = ends
+            q_rows[chunk] = slice(row, row + sum(counts))
+            row = q_rows[chunk].stop
+        assert taken == [len(s.tokens) for s in group.sequences], "tokens sent are the tokens of this rank's chunks"
 
         own_chunks = [c for c in layout.kv_of(self._sp_rank) if c < layout.num_new and layout.owner(c) == self._sp_rank]
         own = slice(
@@ -192,7 +193,7 @@ class BatchBuilder:
     def _new_rows(self, layout: Layout, sequence: SequenceStep) -> tuple[int, ...]:
         if sequence.degree > 1:
             return layout.cut_pages(sequence.num_new, self._page_size, sequence.home // sequence.degree)
-        return tuple(sequence.num_new if chunk == sequence.home else 0 for chunk in range(layout.num_new))
+        return _at_home(sequence.home, sequence.num_new, layout.num_new)
 
     def _geometry(
         self,
@@ -267,7 +268,20 @@ class BatchBuilder:
 
     def _last_chunk(self, group: Group, laid: GroupRows, i: int) -> int:
         """The chunk that holds the last new token of the i-th sequence."""
+        if group.sequences[i].degree == 1:
+            return group.sequences[i].home
         return max(c for c in range(self._layouts[group.plan].num_new) if laid.geometry.rows[i][c])
 
     def _tensor(self, values: Ints) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+@lru_cache(1024)  # all streams of a rank have the same, in every step
+def _at_home(home: int, num_new: int, num_chunks: int) -> tuple[int, ...]:
+    return tuple(num_new if chunk == home else 0 for chunk in range(num_chunks))
+
+
+def _ranges(firsts: list[int], counts: list[int]) -> Ints:
+    """[first, first + count) of each, one after the other."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(np.array(firsts, np.int64) - ends + counts, counts)

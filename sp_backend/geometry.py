@@ -67,6 +67,10 @@ class Geometry:
             self._spans[key] = list(pairwise(ends))
         return self._spans[key]
 
+    def chunk_spans(self, chunk: int) -> Ranges:
+        """Those of the block that is a whole chunk."""
+        return self.spans(Block(KV, chunk, (0, 1)))
+
     def block_positions(self, block: Block) -> Positions:
         """Positions of a block's rows, all sequences."""
         assert self.positions is not None, "a sliding window needs positions"

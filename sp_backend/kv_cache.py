@@ -58,7 +58,7 @@ class PageTable:
 
     def slots(self, start: int, stop: int) -> Ints:
         """Cache rows of this rank's positions in [start, stop), ascending."""
-        return self._slots[self._own_before(start) : self._own_before(stop)]
+        return self._slots[self._own_before(start) if start else 0 : self._own_before(stop)]
 
     def _own_before(self, position: int) -> int:
         """This rank's rows before a position."""

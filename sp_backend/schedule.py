@@ -198,7 +198,8 @@ class ScheduleBuilder:
         slices = [self._slice(step, kv) for kv in kvs]
         pages = None
         if _paged(step, call):
-            pages = Rows(np.concatenate([_place(step, kvs[i].block)[lo:hi] for i, lo, hi in joined]), self.device)
+            places = [_place(step, kv.block) for kv in kvs]
+            pages = Rows(np.concatenate([places[i][lo:hi] for i, lo, hi in joined]), self.device)
         work = self._work(step, call, spans, parts, pages, [(kvs[i].block, lo, hi) for i, lo, hi in joined])
         return KernelCall(
             qs=tuple(parts),
