@@ -158,26 +158,32 @@ class Controller:
     def step(self) -> bool:
         """Completes one step, with the next one sent before; False if there was nothing to do.
 
-        A failure ends every request.
+        Its outputs may be handed out in the next call, after one more step is sent. A failure ends every request.
         """
         with self._failures():
             if not self._in_flight:
                 self._send_next()
             if not self._in_flight:
-                self._emit()
+                self.hand_out()
                 self._last_ranks = frozenset()
                 return False
             results = self._results_before_next_is_planned()
             if results is None and not self._closing:
                 self._send_next()
-                self._emit()
+                self.hand_out()
                 results = self._await_results()
             if results is not None:
                 self._complete(self._in_flight.popleft(), results)
             if not (self._in_flight and self._in_flight[0].planned.kind == "decode"):
-                self._emit()  # else the next step is planned at once, and goes first: workers may be waiting for it
+                self.hand_out()  # else the next step is planned at once, and goes first: workers may be waiting for it
             return True
         return False
+
+    def hand_out(self) -> None:
+        """Tell requests what has come of them. After it the listener needs the interpreter: planning goes first."""
+        due, self._due = self._due, []
+        if due:
+            self._on_outputs(due)
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -292,12 +298,6 @@ class Controller:
             self._last_choice = LastChoice(planned.plan, planned.choices[0].reason, predicted, seconds)
         self._log.plan(planned.kind, planned.num_new, planned.choices, seconds)
 
-    def _emit(self) -> None:
-        """Whoever hands outputs on needs the interpreter at once: what can be done before is done before."""
-        due, self._due = self._due, []
-        if due:
-            self._on_outputs(due)
-
     def _fail(self, why: str) -> None:
         with self._lock:
             if self._failure:
@@ -306,7 +306,7 @@ class Controller:
             submitted, self._submitted = self._submitted, deque()
         self._in_flight.clear()
         self._due += self.batcher.fail_all(why) + [failed(request.request_id, why) for request in submitted]
-        self._emit()
+        self.hand_out()
         if why != SHUT_DOWN:
             logger.error("cannot go on: %s", why)
 

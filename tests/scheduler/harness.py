@@ -51,6 +51,7 @@ class Harness:
         for _ in range(num_steps):
             if not self.controller.step():
                 break
+        self.controller.hand_out()
         assert self.controller.healthy() is None
 
     def longest_gap(self, request_id: str) -> float:

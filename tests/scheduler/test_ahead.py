@@ -27,6 +27,16 @@ def test_workers_always_have_the_next_step() -> None:
     assert harness.times["r"] == [1.0, 1.25, 1.5, 1.75, 2.0]
 
 
+def test_the_next_step_leaves_before_the_tokens_of_the_last_one_do() -> None:
+    """Handing tokens out costs the processor that planning needs, and workers wait for the plan."""
+    harness = make_harness()
+    sent: list[int] = []
+    harness.receive = lambda outputs: sent.append(len(harness.workers.steps))  # type: ignore[method-assign]
+    harness.submit("r", PROMPT, 4)
+    harness.run()
+    assert sent == [3, 4, 4, 4]
+
+
 def test_a_token_that_is_being_drawn_is_filled_in_by_the_rank_that_draws_it() -> None:
     harness = make_harness()
     harness.submit("r", PROMPT, 4)
