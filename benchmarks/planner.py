@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from benchmarks.regret import Result, report, result, summary
 from sp_backend.calibrate import REPEATS, Trial, choose_trials, correct
-from sp_backend.cost import ModelShape
 from sp_backend.planner import OFF, Batch, Planner
+from sp_backend.shape import ModelShape
 from sp_backend.simulate import perturbed, simulate
 from sp_backend.topology import Machine, load_machine
 

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from benchmarks.regret import Result, result
 from sp_backend.calibrate import REPEATS, Correction, choose_trials, correct
-from sp_backend.cost import ModelShape
 from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import Kernel, get_kernel
@@ -33,6 +32,7 @@ from sp_backend.measure import measure
 from sp_backend.native import choose_kernel
 from sp_backend.plan import Plan
 from sp_backend.planner import Batch, Planner
+from sp_backend.shape import ModelShape
 from sp_backend.transport import Transport
 from sp_backend.transport.gloo import GlooTransport
 from sp_backend.transport.shared_memory import shared_memory

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.published_systems import OTHERWISE, RING, SYSTEMS, Constant, Constants, Row, System
-from sp_backend.cost import ModelShape
+from sp_backend.shape import ModelShape
 
 QWEN3_30B: Final = ModelShape(32, 4, 128, itemsize=4)  # Pith-Train's, in the fp32 of CPU ranks
 FIRST_BYTE_SECONDS: Final = 1e-10  # where the search for a bandwidth starts

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from sp_backend.cost import ModelShape
 from sp_backend.execute import Executor
 from sp_backend.kernels import get_kernel
 from sp_backend.layout import Kind
 from sp_backend.measure import measure
 from sp_backend.native import choose_kernel
 from sp_backend.planner import lay_out
+from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate
 from sp_backend.strategies import plan_for
 from sp_backend.transport.gloo import GlooTransport

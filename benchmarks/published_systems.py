@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Literal
 
-from sp_backend.cost import Cost, ModelShape, PlanCost
+from sp_backend.cost import Cost, PlanCost
 from sp_backend.geometry import Geometry
 from sp_backend.layout import Kind
 from sp_backend.plan import Plan
 from sp_backend.planner import lay_out
+from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate
 from sp_backend.strategies import Options, Variant, plan_for
 from sp_backend.topology import Machine, Topology, preset

@@ -8,11 +8,11 @@ from __future__ import annotations
 from functools import partial
 
 from sp_backend.config import AUTO, BackendConfig
-from sp_backend.cost import ModelShape
 from sp_backend.layout import Kind
 from sp_backend.models.config import ModelConfig
 from sp_backend.plan import Plan
 from sp_backend.planner import OFF, Planner
+from sp_backend.shape import ModelShape
 from sp_backend.strategies import plan_for
 from sp_backend.topology import Machine
 

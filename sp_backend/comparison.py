@@ -15,9 +15,10 @@ from typing import Final, Literal
 
 import numpy as np
 
-from sp_backend.cost import ModelShape, PlanCost, Sizes, least_seconds
+from sp_backend.cost import PlanCost, least_seconds
 from sp_backend.geometry import Geometry, predicted_bytes
 from sp_backend.planner import OFF, Batch, Candidate, lay_out
+from sp_backend.shape import ModelShape, Sizes
 from sp_backend.strategies import STRATEGIES, Variant, plan_for, prove, variants
 from sp_backend.topology import Floats, Machine
 

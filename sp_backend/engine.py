@@ -19,7 +19,6 @@ from torch import Tensor
 
 from sp_backend.buffers import BufferPool
 from sp_backend.config import AUTO
-from sp_backend.cost import ModelShape
 from sp_backend.execute import Counters, Executor
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import get_kernel
@@ -28,6 +27,7 @@ from sp_backend.measure import machine_of
 from sp_backend.native import choose_kernel
 from sp_backend.planner import Planner
 from sp_backend.schedule import Schedule
+from sp_backend.shape import ModelShape
 from sp_backend.shards import cut
 from sp_backend.state import AttentionState
 from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants

@@ -21,10 +21,10 @@ import numpy as np
 from sp_backend.catalog import ITEMSIZE
 from sp_backend.comparison import MOST_RANKS_OF_ALL, Comparison, Question
 from sp_backend.config import LAYOUTS
-from sp_backend.cost import ModelShape
 from sp_backend.models.config import ModelConfig
 from sp_backend.planner import OFF
 from sp_backend.report import as_data, as_text, milliseconds, size
+from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate
 from sp_backend.strategies import FLAGS, STRATEGIES, Options, Variant, variants
 from sp_backend.strategies.mapping import read_cycles

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from sp_backend.config import cache_folder
-from sp_backend.cost import ModelShape
 from sp_backend.execute import Executor
 from sp_backend.flow import flow_of
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import HeadMap, Kernel, Span, Work, get_kernel
+from sp_backend.shape import ModelShape
 from sp_backend.state import AttentionState
 from sp_backend.strategies import plan_for
 from sp_backend.topology import KernelRates, Link, Machine, Rates, Topology

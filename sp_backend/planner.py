@@ -21,10 +21,11 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sp_backend.cost import Cost, ModelShape, PlanCost, Sizes
+from sp_backend.cost import Cost, PlanCost
 from sp_backend.geometry import Geometry
 from sp_backend.layout import Kind, Layout
 from sp_backend.plan import Plan
+from sp_backend.shape import ModelShape, Sizes
 from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
 from sp_backend.topology import Floats, Machine
 

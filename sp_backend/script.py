@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from sp_backend.columns import Index
-from sp_backend.cost import ModelShape
 from sp_backend.flow import Flow, flow_of
 from sp_backend.geometry import Geometry, block_bytes, visible_pairs
 from sp_backend.layout import KV, STATE, Block, Q
 from sp_backend.plan import Plan
+from sp_backend.shape import ModelShape
 from sp_backend.topology import Rates
 
 Kind = Literal["dense", "overhead", "pack", "attend", "merge", "send", "wait"]

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from random import Random
 
-from sp_backend.cost import ModelShape
 from sp_backend.geometry import Geometry
 from sp_backend.plan import Plan
 from sp_backend.script import Kind, Post, Script, Step, Wait, Work
+from sp_backend.shape import ModelShape
 from sp_backend.topology import Link, Machine
 
 _EPSILON = 1e-12  # seconds: what ends together, ends together

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from sp_backend.calibrate import REPEATS, Trial, choose_trials, correct
 from sp_backend.commands import Group, Sampling, SequenceStep, Step, StepResult
 from sp_backend.config import AUTO, BackendConfig, cache_folder
-from sp_backend.cost import ModelShape
 from sp_backend.layout import Layout
 from sp_backend.measure import keep
 from sp_backend.planner import OFF, Planner
+from sp_backend.shape import ModelShape
 from sp_backend.topology import Machine
 
 logger = logging.getLogger(__name__)

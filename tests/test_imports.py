@@ -13,20 +13,24 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("server", "scheduler", "sp_backend")
 PURE = {  # what the scheduler may use
     "sp_backend",
+    "sp_backend.calls",
+    "sp_backend.clock",
     "sp_backend.commands",
     "sp_backend.comparison",
     "sp_backend.config",
     "sp_backend.cost",
     "sp_backend.explain",
-    "sp_backend.layout",
-    "sp_backend.calls",
+    "sp_backend.flow",
     "sp_backend.grouping",
-    "sp_backend.script",
+    "sp_backend.layout",
     "sp_backend.planner",
     "sp_backend.report",
+    "sp_backend.script",
+    "sp_backend.shape",
     "sp_backend.simulate",
     "sp_backend.topology",
     "sp_backend.trace",
+    "sp_backend.work",
 }
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -13,7 +13,6 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-from sp_backend.cost import ModelShape
 from sp_backend.kernels import Attention, HeadMap, Work, get_kernel
 from sp_backend.layout import KV, Block
 from sp_backend.native import choose_kernel
@@ -21,6 +20,7 @@ from sp_backend.sglang_plugin import BACKENDS
 from sp_backend.sglang_plugin.plans import GroupPlans, Prepared
 from sp_backend.sglang_plugin.rows import CPRows, WholeRows
 from sp_backend.sglang_plugin.support import attention_layers
+from sp_backend.shape import ModelShape
 from sp_backend.state import AttentionState
 from sp_backend.transport.gloo import GlooTransport
 

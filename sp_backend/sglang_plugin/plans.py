@@ -10,7 +10,7 @@ import torch
 
 from sp_backend.buffers import BufferPool
 from sp_backend.config import AUTO
-from sp_backend.cost import ModelShape, PlanCost
+from sp_backend.cost import PlanCost
 from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry, predicted_bytes
 from sp_backend.kernels import get_kernel
@@ -19,6 +19,7 @@ from sp_backend.native import choose_kernel
 from sp_backend.plan import Plan
 from sp_backend.prune import prune
 from sp_backend.schedule import Schedule
+from sp_backend.shape import ModelShape
 from sp_backend.strategies import plan_for
 from sp_backend.transport import Transport
 from sp_backend.transport.gather import gather_bytes

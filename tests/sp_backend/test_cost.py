@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from sp_backend.cost import Cost, ModelShape, PlanCost, least_seconds
+from sp_backend.cost import Cost, PlanCost, least_seconds
 from sp_backend.geometry import predicted_bytes
 from sp_backend.planner import OFF, lay_out
+from sp_backend.shape import ModelShape
 from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for, variants
 from sp_backend.topology import Machine, preset
 from tests.sp_backend.machines import BANDWIDTH, FLOPS, IDEAL, LLAMA_70B, MHA, mesh, one, plan_of, switch

@@ -15,10 +15,11 @@ import pytest
 
 from sp_backend import explain
 from sp_backend.comparison import Comparison, Question, parts
-from sp_backend.cost import ModelShape, PlanCost
+from sp_backend.cost import PlanCost
 from sp_backend.geometry import predicted_bytes
 from sp_backend.planner import OFF, lay_out
 from sp_backend.report import as_data, as_text, binds, milliseconds, plan_table, size, why
+from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate
 from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for
 from sp_backend.topology import KINDS, Machine, load_machine

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from sp_backend.columns import OPERANDS
-from sp_backend.cost import ModelShape
 from sp_backend.flow import Flow, flow_of
 from sp_backend.layout import KV, STATE, Block, Heads
 from sp_backend.plan import Plan
 from sp_backend.program import Call, Program, ProgramRound, Use, compile_rank
+from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate
 from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
 from tests.lockstep import Batch, Request, run_lockstep

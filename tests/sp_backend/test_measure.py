@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sp_backend import measure
-from sp_backend.cost import ModelShape
 from sp_backend.measure import cache_folder, machine_of
 from sp_backend.planner import Planner
+from sp_backend.shape import ModelShape
 from sp_backend.topology import Machine, preset
 from sp_backend.transport.gloo import GlooTransport
 from sp_backend.transport.lockstep import LockstepNetwork

@@ -9,9 +9,9 @@ from random import Random
 
 import pytest
 
-from sp_backend.cost import ModelShape
 from sp_backend.layout import Layout
 from sp_backend.planner import OFF, Batch, Planner, lay_out
+from sp_backend.shape import ModelShape
 from sp_backend.simulate import perturbed, simulate
 from sp_backend.strategies import Variant, plan_for
 from sp_backend.topology import Machine, load_machine

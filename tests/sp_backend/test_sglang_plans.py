@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from sp_backend.config import AUTO
-from sp_backend.cost import ModelShape
 from sp_backend.geometry import Geometry, predicted_bytes
 from sp_backend.layout import KV, Block
 from sp_backend.sglang_plugin import plans as group_plans
 from sp_backend.sglang_plugin.plans import CANDIDATES, GroupPlans, without_copies
 from sp_backend.sglang_plugin.rows import CPRows
+from sp_backend.shape import ModelShape
 from sp_backend.strategies import plan_for
 from sp_backend.transport.lockstep import LockstepNetwork
 from tests.sp_backend.machines import mesh

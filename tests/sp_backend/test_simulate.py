@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from sp_backend.cost import ModelShape, PlanCost
+from sp_backend.cost import PlanCost
 from sp_backend.geometry import Geometry
 from sp_backend.layout import KV, Block
 from sp_backend.plan import Plan, Round, Transfer
 from sp_backend.planner import OFF, lay_out
+from sp_backend.shape import ModelShape
 from sp_backend.simulate import Simulation, perturbed, simulate
 from sp_backend.strategies import Variant, plan_for, variants
 from sp_backend.topology import Link, Machine, Topology, preset
