@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Final, Literal
@@ -43,6 +43,10 @@ class Question:
     def exhaustive(self) -> bool:
         """Whether every candidate is costed, whatever it takes at least."""
         return self.every_option or self.machine.num_ranks <= MOST_RANKS_OF_ALL
+
+    def is_quick(self, variant: Variant) -> bool:
+        """Whether its plan has so few instructions that costing it takes no seconds."""
+        return (variant.degree or self.machine.num_ranks) <= STRATEGIES[variant.strategy].quick_ranks
 
     def variants(self) -> list[Variant]:
         """All that fit, off first (where one rank can do a prompt alone)."""
@@ -115,8 +119,7 @@ class Comparison:
         question = self.question
         if question.exhaustive or variant == question.forced:
             return True
-        ranks = question.machine.num_ranks
-        return least <= best and (variant.degree or ranks) <= STRATEGIES[variant.strategy].quick_ranks
+        return least <= best and question.is_quick(variant)
 
     def _least(self, variant: Variant) -> float:
         question, page = self.question, self.question.page_size
@@ -155,11 +158,19 @@ class Comparison:
             seen.add(candidate.variant.strategy)
         return rows
 
-    def over_lengths(self, scales: Sequence[float]) -> dict[str, Floats]:
-        """Seconds [scales] of each strategy's best variant, with every prompt's new tokens times a scale."""
+    def over_lengths(self, scales: Sequence[float], tell: Callable[[str], None] | None = None) -> dict[str, Floats]:
+        """Seconds [scales] of each strategy's best variant, with every prompt's new tokens times a scale.
+
+        What cannot win at the length asked about may at another, so all but too large plans are costed; tell: is told
+        how far that is.
+        """
         question = self.question
         best: dict[str, Floats] = {}
-        for variant, cost in self._costs.items():
+        variants = [v for v in question.candidates() if v in self._costs or question.is_quick(v)]
+        for number, variant in enumerate(variants, 1):
+            if tell is not None:
+                tell(f"plan {number} of {len(variants)}")
+            cost = self._costs.get(variant) or question.cost(variant)
             batches = [[(max(1, round(new * s)), cached) for new, cached in question.batch] for s in scales]
             rows = [lay_out(cost.plan.layout, batch, question.page_size).rows for batch in batches]
             times = cost.times(Sizes(np.array(rows, np.int64), np.ones((len(rows), len(question.batch)), np.int64)))

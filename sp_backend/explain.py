@@ -283,7 +283,7 @@ def write_plot(comparison: Comparison, file: Path) -> str:
     asked = sum(new for new, _ in comparison.question.batch)
     longest = max(_BEYOND * asked, 2 * _SHORTEST)
     lengths = [_SHORTEST * 2**i for i in range(1 + int(math.log2(longest / _SHORTEST)))]
-    found = comparison.over_lengths([n / asked for n in lengths])
+    found = comparison.over_lengths([n / asked for n in lengths], tell=_show)
     best = np.min(list(found.values()), axis=0)
     figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(8, 8), sharex=True)
     for i, (name, seconds) in enumerate(found.items()):
@@ -304,6 +304,12 @@ def write_plot(comparison: Comparison, file: Path) -> str:
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
     return "predicted time against new tokens"
+
+
+def _show(progress: str) -> None:
+    """On one line of a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r--plot: {progress} ", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -224,6 +224,15 @@ def test_a_plot_has_a_line_for_each_strategy(tmp_path: Path) -> None:
         assert at_once[c.variant.strategy][1] == pytest.approx(c.cost.seconds)
 
 
+def test_a_plot_of_many_ranks_has_strategies_that_cannot_win_at_the_length_asked_about() -> None:
+    comparison = compare("nic400-18", 64)
+    told: list[str] = []
+    found = comparison.over_lengths([1.0, 100.0], tell=told.append)
+    assert {*found} == {v.strategy for v in comparison.question.candidates()}
+    assert {*found} > {c.variant.strategy for c in comparison.ranked}
+    assert told[-1] == f"plan {len(told)} of {len(told)}"
+
+
 def test_topologies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert explain.main(["--list-topologies"]) == 0
     printed = capsys.readouterr().out
