@@ -58,13 +58,20 @@ class FakeClient:
         self.running.add(request.request_id)
         ended = False
         try:
-            await self._wait(self.prefill_seconds)
+            await self._prefill(request.request_id)
             async for output in self._outputs(request):
                 ended = output.finish_reason is not None
                 yield output
         finally:
             self.running.discard(request.request_id)
             (self.finished if ended else self.aborted).append(request.request_id)
+
+    async def _prefill(self, name: str) -> None:
+        """An abort ends it early."""
+        ends = asyncio.get_running_loop().time() + self.prefill_seconds
+        await self._wait(0)
+        while name not in self._asked_to_abort and (left := ends - asyncio.get_running_loop().time()) > 0:
+            await self._wait(min(left, 0.01))
 
     async def _outputs(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         made, name = 0, request.request_id

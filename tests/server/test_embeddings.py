@@ -161,7 +161,7 @@ def test_a_client_that_leaves_aborts_all_inputs() -> None:
 
 
 def test_abort_by_name() -> None:
-    with live_server(FakeClient(prefill_seconds=0.5)) as live:
+    with live_server(FakeClient(prefill_seconds=30)) as live:
         answers: list[httpx.Response] = []
         asking = threading.Thread(target=lambda: answers.append(post(live, input=["a", "b"], rid="mine")))
         asking.start()
