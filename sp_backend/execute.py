@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -21,11 +21,12 @@ from sp_backend.geometry import Geometry
 from sp_backend.kernels import Kernel
 from sp_backend.kv_cache import Rows
 from sp_backend.layout import KV, STATE, Block, Q
+from sp_backend.messages import Arrival, ArrivingState, Leaving, view_of_rows, view_of_state
 from sp_backend.plan import Plan
 from sp_backend.schedule import Envelope, KernelCall, Schedule, ScheduleBuilder, Section, Slice
 from sp_backend.slots import Slots
 from sp_backend.state import AttentionState
-from sp_backend.transport import Expected, Message, Receiving, Sending, Transport
+from sp_backend.transport import Expected, Message, Transport
 
 
 @dataclass(slots=True)
@@ -110,31 +111,6 @@ class Executor:
         return run.finish()
 
 
-@dataclass(slots=True)
-class _Arrival:
-    """A message on its way, waited for at the first use of one of its blocks."""
-
-    envelope: Envelope
-    receiving: Receiving
-    live: int  # blocks that are still to be read
-    data: Tensor | None = None
-
-
-@dataclass(slots=True)
-class _ArrivingState:
-    section: Section
-    arrival: _Arrival
-
-
-@dataclass(slots=True)
-class _Leaving:
-    """What a round sends, and what is free once all of it has left: messages read, and buffers."""
-
-    sending: list[Sending] = field(default_factory=list)
-    read: list[Receiving] = field(default_factory=list)
-    buffers: list[Tensor] = field(default_factory=list)
-
-
 class Run:
     """One layer on one rank: post(0), attend(0), post(1), ..., then finish(). In lockstep the ranks take turns."""
 
@@ -156,23 +132,23 @@ class Run:
             if tensor is not None:
                 assert tensor.dtype == executor.dtype, f"{block} is {tensor.dtype}, not {executor.dtype}"
                 self._held[block] = tensor
-        self._arrivals: dict[Block, _Arrival] = {}
-        self._arriving: list[_ArrivingState] = []
+        self._arrivals: dict[Block, Arrival] = {}
+        self._arriving: list[ArrivingState] = []
         self._slots = Slots(executor.program.slots, schedule.rows, executor.head_dim, executor.pool)
-        self._usable: list[_ArrivingState] = []  # asked for in an earlier round
-        self._leaving = _Leaving()
-        self._left = _Leaving()  # in the round before
-        self._receiving: list[_Arrival] = []
+        self._usable: list[ArrivingState] = []  # asked for in an earlier round
+        self._leaving = Leaving()
+        self._left = Leaving()  # in the round before
+        self._receiving: list[Arrival] = []
 
     def post(self, index: int) -> None:
         """Ask for what comes in a round and send what leaves."""
         r = self._schedule.rounds[index]
-        self._left, self._leaving = self._leaving, _Leaving()
+        self._left, self._leaving = self._leaving, Leaving()
         expected = [Expected(e.peer, e.num_bytes) for e in r.receives]
         receiving, self._leaving.sending = self._executor.transport.exchange(expected, self._messages(r.sends))
         self._usable, self._arriving = self._arriving, []
         self._receiving = [
-            _Arrival(envelope, coming, len(envelope.sections))
+            Arrival(envelope, coming, len(envelope.sections))
             for envelope, coming in zip(r.receives, receiving, strict=True)
         ]
         for arrival in self._receiving:
@@ -216,7 +192,7 @@ class Run:
         sizes = {b.chunk: (self._schedule.rows[b.chunk], b.heads[1] - b.heads[0]) for b in blocks}
         return {chunk: AttentionState.empty(*size, ex.head_dim, ex.device) for chunk, size in sizes.items()}
 
-    def _finish(self, block: Block, last: _ArrivingState | None, target: AttentionState) -> None:
+    def _finish(self, block: Block, last: ArrivingState | None, target: AttentionState) -> None:
         """Write a state to its place, merged with the last that came on the way there."""
         if last is not None and last.section.use.block.heads != block.heads:
             self._fold_arrived(last)
@@ -227,11 +203,11 @@ class Run:
             self._slots.finish(block, self._came(last), target)
             self._release(last.arrival)
 
-    def _expect(self, arrival: _Arrival) -> None:
+    def _expect(self, arrival: Arrival) -> None:
         """Note the blocks of a message that was asked for."""
         for section in arrival.envelope.sections:
             if section.use.block.operand == STATE:
-                self._arriving.append(_ArrivingState(section, arrival))
+                self._arriving.append(ArrivingState(section, arrival))
             else:
                 self._arrivals[section.use.block] = arrival
 
@@ -246,12 +222,13 @@ class Run:
             whole = as_bytes([self._read(slices[s.use]) for s in sections])
             if whole is not None:
                 return whole
-        buffer = self._executor.transport.take(envelope.num_bytes)
+        ex = self._executor
+        buffer = ex.transport.take(envelope.num_bytes)
         for section in sections:
             if section.use.block.operand == STATE:
-                self._move_state(section, self._state_view(buffer, section))
+                self._move_state(section, view_of_state(buffer, section, ex.dtype))
             else:
-                self._copy(slices[section.use], self._view(buffer, section))
+                self._copy(slices[section.use], view_of_rows(buffer, section, ex.head_dim, ex.dtype))
         return buffer
 
     def _copy(self, part: Slice, target: Tensor) -> None:
@@ -259,22 +236,6 @@ class Run:
             torch.index_select(self._in_pages(part.heads), 0, part.pages.index, out=target)
         else:
             target.copy_(self._read(part))
-
-    def _view(self, buffer: Tensor, section: Section) -> Tensor:
-        block, head_dim = section.use.block, self._executor.head_dim
-        data = buffer[section.first : section.last].view(self._executor.dtype)
-        if block.operand == KV:
-            return data.view(section.rows, 2, -1, head_dim)
-        return data.view(section.rows, -1, head_dim)
-
-    def _state_view(self, buffer: Tensor, section: Section) -> AttentionState:
-        """Out in the model's dtype, then lse in fp32."""
-        block = section.use.block
-        heads = block.heads[1] - block.heads[0]
-        middle = section.last - section.rows * heads * 4
-        out = buffer[section.first : middle].view(self._executor.dtype)
-        lse = buffer[middle : section.last].view(torch.float32)
-        return AttentionState(out.view(section.rows, heads, -1), lse.view(section.rows, heads))
 
     def _read(self, part: Slice) -> Tensor:
         if (arrival := self._arrivals.get(part.held)) is not None:
@@ -324,10 +285,10 @@ class Run:
             joined = torch.cat(parts, out=buffer.view(parts[0].dtype).view(shape))
         return joined
 
-    def _came(self, arriving: _ArrivingState) -> AttentionState:
-        return self._state_view(self._wait(arriving.arrival), arriving.section)
+    def _came(self, arriving: ArrivingState) -> AttentionState:
+        return view_of_state(self._wait(arriving.arrival), arriving.section, self._executor.dtype)
 
-    def _fold_arrived(self, arriving: _ArrivingState) -> None:
+    def _fold_arrived(self, arriving: ArrivingState) -> None:
         self._slots.fold(arriving.section.use.block, self._came(arriving))
         self._release(arriving.arrival)
 
@@ -348,23 +309,23 @@ class Run:
             self._release(arrival)
             self._held.pop(block, None)
 
-    def _release(self, arrival: _Arrival) -> None:
+    def _release(self, arrival: Arrival) -> None:
         """One of a message's blocks will not be read again."""
         arrival.live -= 1
         if arrival.live == 0:
             self._wait(arrival)  # its calls may all have been empty
             self._leaving.read.append(arrival.receiving)
 
-    def _wait(self, arrival: _Arrival) -> Tensor:
+    def _wait(self, arrival: Arrival) -> Tensor:
         """The message; its blocks can be read from now on."""
         if arrival.data is None:
-            arrival.data = self._timed(arrival.receiving.wait)
+            ex, arrival.data = self._executor, self._timed(arrival.receiving.wait)
             for section in arrival.envelope.sections:
                 if section.use.block.operand != STATE:
-                    self._held[section.use.block] = self._view(arrival.data, section)
+                    self._held[section.use.block] = view_of_rows(arrival.data, section, ex.head_dim, ex.dtype)
         return arrival.data
 
-    def _settle(self, leaving: _Leaving) -> None:
+    def _settle(self, leaving: Leaving) -> None:
         for sending in leaving.sending:
             self._timed(sending.wait)
         for receiving in leaving.read:
