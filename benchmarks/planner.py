@@ -29,9 +29,10 @@ from tqdm import tqdm
 from benchmarks.regret import Result, report, result, summary
 from sp_backend.calibrate import REPEATS, Trial, choose_trials, correct
 from sp_backend.planner import OFF, Batch, Planner
+from sp_backend.presets import load_machine
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import perturbed, simulate
-from sp_backend.topology import Machine, load_machine
+from sp_backend.topology import Machine
 
 SPREAD = 0.3
 NOISE = 0.03  # standard deviation of a measured trial step

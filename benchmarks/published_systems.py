@@ -16,10 +16,11 @@ from sp_backend.geometry import Geometry
 from sp_backend.layout import Kind
 from sp_backend.plan import Plan
 from sp_backend.planner import lay_out
+from sp_backend.presets import preset
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate
 from sp_backend.strategies import Options, Variant, plan_for
-from sp_backend.topology import Machine, Topology, preset
+from sp_backend.topology import Machine, Topology
 
 Constant = Literal["slowness", "byte_seconds", "pass_seconds"]
 RING: Final = Variant("ring_pass_kv_up")  # every ring read upwards; none drops halves

@@ -10,9 +10,9 @@ from sp_backend.config import AUTO
 from sp_backend.layout import CAUSAL, FULL
 from sp_backend.models.config import ModelConfig, check_parallel
 from sp_backend.native import choose_kernel
+from sp_backend.presets import load_machine
 from sp_backend.strategies import FLAGS, Options, Variant, plan_for
 from sp_backend.strategies.mapping import read_cycles
-from sp_backend.topology import load_machine
 
 
 def check(args: argparse.Namespace, model: ModelConfig) -> None:

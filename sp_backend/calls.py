@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sp_backend.columns import OPERANDS, Columns, Flags, Forms, Index
+from sp_backend.columns import OPERANDS, Columns, Flags, Index
+from sp_backend.forms import Forms
 from sp_backend.grouping import classes, first_of_each, last_of_each, place_in_run
 from sp_backend.layout import STATE, Layout
 

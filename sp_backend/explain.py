@@ -23,12 +23,13 @@ from sp_backend.comparison import MOST_RANKS_OF_ALL, Comparison, Question
 from sp_backend.config import LAYOUTS
 from sp_backend.models.config import ModelConfig
 from sp_backend.planner import OFF
+from sp_backend.presets import GRAMMAR, KINDS, load_machine, preset
 from sp_backend.report import as_data, as_text, milliseconds, size
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate
 from sp_backend.strategies import FLAGS, STRATEGIES, Options, Variant, variants
 from sp_backend.strategies.mapping import read_cycles
-from sp_backend.topology import GRAMMAR, KINDS, Machine, load_machine, preset
+from sp_backend.topology import Machine
 from sp_backend.trace import chrome_trace
 
 _SHORTEST = 512  # tokens of a plot; the longest is four times what is asked about

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sp_backend.calls import CallFinder, Calls, Holdings, Keys, Parts
-from sp_backend.columns import OPERANDS, Columns, Flags, Forms, Index, columns_of
+from sp_backend.columns import OPERANDS, Columns, Flags, Index, columns_of
+from sp_backend.forms import Forms
 from sp_backend.grouping import classes, first_of_each, last_of_each, place_in_run
 from sp_backend.layout import KV, STATE, Layout, Q
 from sp_backend.plan import Plan

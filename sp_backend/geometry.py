@@ -14,7 +14,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sp_backend.columns import Forms, columns_of
+from sp_backend.columns import columns_of
+from sp_backend.forms import Forms
 from sp_backend.layout import CAUSAL, KV, STATE, Block, Layout
 from sp_backend.plan import Plan
 

@@ -13,7 +13,8 @@ from math import lcm
 import numpy as np
 
 from sp_backend.check import Sample, rendezvous
-from sp_backend.columns import OPERANDS, Columns, Forms, Rounds, mask_table
+from sp_backend.columns import OPERANDS, Columns, Rounds, mask_table
+from sp_backend.forms import Forms
 from sp_backend.layout import KV, STATE, Layout
 from sp_backend.plan import Plan
 from sp_backend.prune import used

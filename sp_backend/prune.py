@@ -8,19 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from sp_backend.columns import (
-    OPERANDS,
-    Attends,
-    Column,
-    Columns,
-    Flags,
-    Forms,
-    Rounds,
-    Transfers,
-    columns_of,
-    join,
-    take,
-)
+from sp_backend.columns import OPERANDS, Attends, Column, Columns, Flags, Rounds, Transfers, columns_of, join, take
+from sp_backend.forms import Forms
 from sp_backend.layout import KV, STATE, Block, Layout
 from sp_backend.plan import Plan, Round, Transfer
 

@@ -54,8 +54,9 @@ from sp_backend.models.decoder import Decoder
 from sp_backend.models.weights import Progress
 from sp_backend.parallel import Collectives, NoCollectives, Shard
 from sp_backend.plan import Plan
+from sp_backend.presets import load_machine
 from sp_backend.sampling import sample, score
-from sp_backend.topology import Machine, load_machine
+from sp_backend.topology import Machine
 from sp_backend.transport import Transport
 from sp_backend.transport.collectives import GroupCollectives
 from sp_backend.transport.gloo import GlooTransport

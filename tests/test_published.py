@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.published import calibrate, evaluate, main
 from benchmarks.published_systems import OTHERWISE, SYSTEMS, Constants, System, connections, ports
-from sp_backend.topology import preset
+from sp_backend.presets import preset
 
 SYSTEM_OF = {system.name: system for system in (describe() for describe in SYSTEMS)}
 

@@ -22,8 +22,8 @@ from sp_backend.config import BackendConfig
 from sp_backend.models.config import ModelConfig
 from sp_backend.native import choose_kernel
 from sp_backend.planner import OFF, Choice, Planner
+from sp_backend.presets import load_machine
 from sp_backend.strategies import STRATEGIES
-from sp_backend.topology import load_machine
 from tests.checkpoints import FAMILIES, make_checkpoint, oracle_greedy, oracle_logits
 from tests.e2e.rank_workers import Engine, Logits, sabotage
 from tests.ranks import run_on_ranks

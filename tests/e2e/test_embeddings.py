@@ -22,8 +22,8 @@ from sp_backend.catalog import planner_for
 from sp_backend.commands import Pooling
 from sp_backend.config import BackendConfig
 from sp_backend.models.config import ModelConfig
+from sp_backend.presets import load_machine
 from sp_backend.strategies import STRATEGIES
-from sp_backend.topology import load_machine
 from tests.checkpoints import make_checkpoint, oracle_states
 from tests.e2e.rank_workers import Engine
 from tests.e2e.test_against_transformers import Restless

@@ -14,7 +14,8 @@ from sp_backend.catalog import planner_for
 from sp_backend.commands import Ready
 from sp_backend.config import BackendConfig
 from sp_backend.models.config import ModelConfig
-from sp_backend.topology import Machine, load_machine
+from sp_backend.presets import load_machine
+from sp_backend.topology import Machine
 from tests.checkpoints import make_checkpoint, oracle_greedy
 from tests.e2e import rank_workers
 from tests.e2e.rank_workers import GREEDY, RankWorkers

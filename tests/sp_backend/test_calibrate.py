@@ -11,8 +11,9 @@ import pytest
 
 from sp_backend.calibrate import FACTORS, MOST_TRIALS, SECONDS, Trial, choose_trials, correct, corrected
 from sp_backend.planner import OFF, Planner
+from sp_backend.presets import preset
 from sp_backend.simulate import perturbed, simulate
-from sp_backend.topology import Machine, preset
+from sp_backend.topology import Machine
 from tests.sp_backend.machines import LLAMA_70B, MHA, SMALL
 
 

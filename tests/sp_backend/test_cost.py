@@ -9,9 +9,10 @@ import pytest
 from sp_backend.cost import Cost, PlanCost, least_seconds
 from sp_backend.geometry import predicted_bytes
 from sp_backend.planner import OFF, lay_out
+from sp_backend.presets import preset
 from sp_backend.shape import ModelShape
 from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for, variants
-from sp_backend.topology import Machine, preset
+from sp_backend.topology import Machine
 from tests.sp_backend.machines import BANDWIDTH, FLOPS, IDEAL, LLAMA_70B, MHA, mesh, one, plan_of, switch
 
 GQA16 = replace(LLAMA_70B, num_heads=128)

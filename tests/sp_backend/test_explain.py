@@ -18,11 +18,12 @@ from sp_backend.comparison import Comparison, Question, parts
 from sp_backend.cost import PlanCost
 from sp_backend.geometry import predicted_bytes
 from sp_backend.planner import OFF, lay_out
+from sp_backend.presets import KINDS, load_machine
 from sp_backend.report import as_data, as_text, binds, milliseconds, plan_table, size, why
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate
 from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for
-from sp_backend.topology import KINDS, Machine, load_machine
+from sp_backend.topology import Machine
 from tests.checkpoints import make_checkpoint
 
 GQA = ModelShape(num_heads=64, num_kv_heads=8, head_dim=128)

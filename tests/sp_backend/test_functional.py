@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import sp_backend
 from sp_backend import engine
 from sp_backend.geometry import Geometry, predicted_bytes
+from sp_backend.presets import preset
 from sp_backend.strategies import Options, plan_for, variants
-from sp_backend.topology import preset
 from tests.ranks import run_on_ranks
 from tests.sp_backend.dense import full_attention
 

@@ -10,8 +10,9 @@ import torch
 from sp_backend import measure
 from sp_backend.measure import cache_folder, machine_of
 from sp_backend.planner import Planner
+from sp_backend.presets import preset
 from sp_backend.shape import ModelShape
-from sp_backend.topology import Machine, preset
+from sp_backend.topology import Machine
 from sp_backend.transport.gloo import GlooTransport
 from sp_backend.transport.lockstep import LockstepNetwork
 from tests.ranks import run_on_ranks

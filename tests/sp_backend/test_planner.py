@@ -11,10 +11,11 @@ import pytest
 
 from sp_backend.layout import Layout
 from sp_backend.planner import OFF, Batch, Planner, lay_out
+from sp_backend.presets import load_machine
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import perturbed, simulate
 from sp_backend.strategies import Variant, plan_for
-from sp_backend.topology import Machine, load_machine
+from sp_backend.topology import Machine
 from tests.sp_backend.machines import LLAMA_70B, MHA, SMALL, switch
 
 SHAPES = {"llama": LLAMA_70B, "mha": MHA, "small": SMALL}

@@ -11,10 +11,11 @@ from sp_backend.geometry import Geometry
 from sp_backend.layout import KV, Block
 from sp_backend.plan import Plan, Round, Transfer
 from sp_backend.planner import OFF, lay_out
+from sp_backend.presets import preset
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import Simulation, perturbed, simulate
 from sp_backend.strategies import Variant, plan_for, variants
-from sp_backend.topology import Link, Machine, Topology, preset
+from sp_backend.topology import Link, Machine, Topology
 from tests.sp_backend.machines import BANDWIDTH, IDEAL, LLAMA_70B, MHA, SMALL, mesh, one, plan_of, switch
 
 MACHINES = ["nvlink4-4", "pcie4-4", "nic200-3", "loopback-2", "2xpcie5-2/nic200", "2xnvlink4-3/nic400-shared"]

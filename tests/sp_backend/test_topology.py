@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sp_backend.topology import KernelRates, load_machine, preset
+from sp_backend.presets import load_machine, preset
+from sp_backend.topology import KernelRates
 
 PRESETS = ["nvlink4-8", "nvlink5-8", "pcie4-4", "pcie4-8", "pcie5-8", "nic200-4", "nic400-16", "loopback-2"]
 PRESETS += ["2xnvlink4-8/nic400", "4xpcie5-4/nic200-shared", "nvlink4-1"]

@@ -9,8 +9,8 @@ from sp_backend.calibrate import FACTORS, Trial
 from sp_backend.commands import SequenceStep
 from sp_backend.config import BackendConfig
 from sp_backend.planner import OFF, Planner
+from sp_backend.presets import preset
 from sp_backend.strategies import Variant
-from sp_backend.topology import preset
 from sp_backend.trials import has_trials, path_of, trial_step
 from tests.sp_backend.machines import MHA
 
