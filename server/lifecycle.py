@@ -114,8 +114,8 @@ class _Lifecycle:
         if self._service.config.why_no_generation is not None:
             path, body = "embeddings", {"model": self._service.model_name, "input": "def add(a, b):"}
         key = "" if http.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
-        print(f"The server is fired up and ready to roll! {url}", flush=True)
-        print(f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'", flush=True)
+        curl = f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+        print(f"The server is fired up and ready to roll! {url}\n{curl}", flush=True)  # one write: scripts read both
 
     def _on_interrupt(self) -> None:
         """Ctrl-C: somebody is waiting for the prompt, so running requests are cut short instead of finished."""
