@@ -139,11 +139,9 @@ constexpr int64_t words(int64_t dim) {
   }
 }
 
-// Keys to [dim in words][ld] words. Ahead: asks for the same part of the rows `next`, which will be read later; into L2, since rows that
-// are a power of two apart share few places in L1.
-template <class T, bool Ahead = false>
-void pack_keys(const char* const* rows, int64_t keys, int64_t ld, int64_t dim, T* target,
-               const char* const* next = nullptr) {
+// Keys to [dim in words][ld] words.
+template <class T>
+void pack_keys(const char* const* rows, int64_t keys, int64_t ld, int64_t dim, T* target) {
   auto* to = reinterpret_cast<int32_t*>(target);
   for (int64_t n = 0; n < keys; n += 16) {
     for (int64_t w = 0; w < words<T>(dim); w += 16) {
@@ -151,10 +149,7 @@ void pack_keys(const char* const* rows, int64_t keys, int64_t ld, int64_t dim, T
       const auto mask = static_cast<__mmask16>((1u << count) - 1);
       __m512i r[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) {
-        r[i] = _mm512_maskz_loadu_epi32(mask, rows[n + i] + 4 * w);
-        if constexpr (Ahead) _mm_prefetch(next[n + i] + 4 * w, _MM_HINT_T1);
-      }
+      for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(mask, rows[n + i] + 4 * w);
       transpose(r);
       for (int i = 0; i < count; i++) _mm512_storeu_si512(to + (w + i) * ld + n, r[i]);
     }

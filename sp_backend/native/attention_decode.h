@@ -1,7 +1,8 @@
 // Few queries, many keys: what counts is to read keys and values once, in the order in which they lie.
 //
-// A block of keys is attended by all heads before the next one, whose lines are asked for meanwhile. Scores of 32 keys
-// come from keys transposed in registers; values are multiplied as they are read.
+// A block of keys is attended by all heads before the next one, whose lines are asked for meanwhile. Four keys share a
+// vector, a quarter each, so that their products with a row of q are summed in few steps; values are multiplied as they
+// are read.
 #pragma once
 
 #include "attention.h"
@@ -9,7 +10,7 @@
 namespace {
 
 constexpr int64_t kFewRows = 32;      // of queries x heads of a group
-constexpr int64_t kKeys = 32;         // of a block
+constexpr int64_t kKeys = 16;         // of a block
 constexpr int64_t kSplitKeys = 1024;  // the fewest worth a thread of their own
 
 __m512 dot(__m512 sum, __m512i a, __m512i b, BFloat16) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
@@ -17,159 +18,228 @@ __m512 dot(__m512 sum, __m512i a, __m512i b, float) {
   return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
 }
 
-// Calls f<R>(first row) for all rows, up to 8 at a time.
+// Calls f<R, first>(row) for all rows, up to 8 at a time.
 template <class F>
 void by_rows(int64_t rows, const F& f) {
+  const auto call = [&]<int R>(int64_t r) {
+    r ? f.template operator()<R, false>(r) : f.template operator()<R, true>(r);
+  };
   int64_t r = 0;
-  for (; rows - r >= 8; r += 8) f.template operator()<8>(r);
-  if (rows - r >= 4) f.template operator()<4>(r), r += 4;
-  if (rows - r >= 2) f.template operator()<2>(r), r += 2;
-  if (rows - r >= 1) f.template operator()<1>(r);
+  for (; rows - r >= 8; r += 8) call.template operator()<8>(r);
+  if (rows - r >= 4) call.template operator()<4>(r), r += 4;
+  if (rows - r >= 2) call.template operator()<2>(r), r += 2;
+  if (rows - r >= 1) call.template operator()<1>(r);
 }
 
-// scores [R, kKeys] = q [R, words] x keys [words, kKeys]
-template <class T, int R>
-void multiply_keys(const int32_t* q, const int32_t* keys, int64_t words, float* scores) {
-  __m512 sum[R][2];
-  for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
-  for (int64_t w = 0; w < words; w++) {
-    const __m512i a = _mm512_loadu_si512(keys + w * kKeys), b = _mm512_loadu_si512(keys + w * kKeys + 16);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const __m512i x = _mm512_set1_epi32(q[r * words + w]);
-      sum[r][0] = dot(sum[r][0], a, x, T());
-      sum[r][1] = dot(sum[r][1], b, x, T());
-    }
-  }
-  for (int r = 0; r < R; r++) {
-    _mm512_storeu_ps(scores + r * kKeys, sum[r][0]);
-    _mm512_storeu_ps(scores + r * kKeys + 16, sum[r][1]);
-  }
-}
+// A block's keys and values, for KV head 0; zeros stand for those after its end.
+struct Block {
+  const char *key[kKeys], *value[kKeys];
 
-// Numbers [d, d + 32) of the value at step n: in fp32 key n; in bf16 keys 2n and 2n + 1, interleaved.
-Pair value_at(const char* const* rows, const char* const* next, int64_t n, int64_t d, int64_t dim, float) {
-  const int64_t left = dim - d;
-  _mm_prefetch(next[n] + 4 * d, _MM_HINT_T1);
-  _mm_prefetch(next[n] + 4 * d + 64, _MM_HINT_T1);
-  return {_mm512_maskz_loadu_epi32(lanes(0, {0, left}), rows[n] + 4 * d),
-          _mm512_maskz_loadu_epi32(lanes(16, {0, left}), rows[n] + 4 * d + 64)};
-}
-Pair value_at(const char* const* rows, const char* const* next, int64_t n, int64_t d, int64_t dim, BFloat16) {
-  _mm_prefetch(next[2 * n] + 2 * d, _MM_HINT_T1);
-  _mm_prefetch(next[2 * n + 1] + 2 * d, _MM_HINT_T1);
-  const auto mask = static_cast<__mmask32>(dim - d >= 32 ? ~0u : (1u << (dim - d)) - 1);
-  const __m512i a = _mm512_maskz_loadu_epi16(mask, rows[2 * n] + 2 * d);
-  const __m512i b = _mm512_maskz_loadu_epi16(mask, rows[2 * n + 1] + 2 * d);
-  return interleave(a, b);
-}
-
-// out [R, dim] = out * shrink + p [R, kKeys] x values
-template <class T, int R>
-void add_values(const T* p, const char* const* rows, const char* const* next, int64_t dim, const float* shrink,
-                float* out) {
-  constexpr int64_t steps = kKeys * sizeof(T) / 4, width = round_up(kKeys, 16);
-  const auto* weights = reinterpret_cast<const int32_t*>(p);
-  const int64_t padded = round_up(dim, 32);
-  for (int64_t d = 0; d < dim; d += 32) {
-    __m512 sum[R][2];
-    for (int r = 0; r < R; r++) {
-      const __m512 by = _mm512_set1_ps(shrink[r]);
-      for (int i = 0; i < 2; i++) sum[r][i] = _mm512_mul_ps(_mm512_loadu_ps(out + r * padded + d + 16 * i), by);
-    }
-    for (int64_t n = 0; n < steps; n++) {
-      const Pair v = value_at(rows, next, n, d, dim, T());
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const __m512i x = _mm512_set1_epi32(weights[r * width * static_cast<int64_t>(sizeof(T)) / 4 + n]);
-        sum[r][0] = dot(sum[r][0], v.low, x, T());
-        sum[r][1] = dot(sum[r][1], v.high, x, T());
-      }
-    }
-    for (int r = 0; r < R; r++)
-      for (int i = 0; i < 2; i++) _mm512_storeu_ps(out + r * padded + d + 16 * i, sum[r][i]);
-  }
-}
-
-// Running softmax of some rows.
-struct Rows {
-  float* out;   // [rows, dim rounded up to 32], not divided by the sum
-  float* top;   // [rows] maximum, in base 2
-  float* sum;   // [rows, 16] of lanes
-};
-
-// p = 2^(s * scale - top) of 32 keys where they are seen, 0 elsewhere; returns what the row's out is to be scaled by.
-template <class T>
-float softmax(const float* s, Range seen, float scale, float* top, float* sum, T* p) {
-  const __mmask16 masks[2] = {lanes(0, seen), lanes(16, seen)};
-  if (!masks[0] && !masks[1]) {
-    store(p, _mm512_setzero_ps());
-    store(p + 16, _mm512_setzero_ps());
-    return 1.0f;
-  }
-  const __m512 low = _mm512_set1_ps(-INFINITY), c = _mm512_set1_ps(scale);
-  const __m512 a = _mm512_mask_loadu_ps(low, masks[0], s), b = _mm512_mask_loadu_ps(low, masks[1], s + 16);
-  const float highest = _mm512_reduce_max_ps(_mm512_max_ps(a, b)) * scale;
-  float shrink = 1.0f;
-  if (highest > *top) {
-    shrink = std::exp2(*top - highest);
-    *top = highest;
-  }
-  const __m512 t = _mm512_set1_ps(*top);
-  const __m512 x = _mm512_maskz_mov_ps(masks[0], exp2(_mm512_fmsub_ps(a, c, t)));
-  const __m512 y = _mm512_maskz_mov_ps(masks[1], exp2(_mm512_fmsub_ps(b, c, t)));
-  const __m512 before = _mm512_mul_ps(_mm512_loadu_ps(sum), _mm512_set1_ps(shrink));
-  _mm512_storeu_ps(sum, _mm512_add_ps(before, _mm512_add_ps(x, y)));
-  store(p, x);
-  store(p + 16, y);
-  return shrink;
-}
-
-struct KeyRows {  // of a block, for KV head 0
-  const char* key[kKeys];
-  const char* value[kKeys];
-
-  KeyRows(const Problem& p, const Span& s, int64_t lo, int64_t hi) {
+  Block(const Problem& p, const Span& s, int64_t lo, int64_t hi) {
     alignas(64) static const char zeros[4096] = {};
     for (int64_t i = 0; i < kKeys; i++) {
-      key[i] = lo + i < hi ? p.key(s, lo + i, 0) : nullptr;
-      value[i] = key[i] ? key[i] + p.kv.value : zeros;
-      if (!key[i]) key[i] = zeros;
+      key[i] = lo + i < hi ? p.key(s, lo + i, 0) : zeros;
+      value[i] = lo + i < hi ? key[i] + p.kv.value : zeros;
     }
-    used = std::min(hi - lo, kKeys);
   }
-  KeyRows of_head(const Problem& p, int64_t head) const {
-    KeyRows rows = *this;
-    for (int64_t i = 0; i < used; i++) rows.key[i] += head * p.kv.head, rows.value[i] += head * p.kv.head;
-    return rows;
+};
+
+// Asks for a block's lines, to L2, in the order in which they lie and at the pace at which those of the block before are
+// read. The CPU drops what is asked while many others are under way, so each line is asked for again some time later.
+class Ahead {
+ public:
+  Ahead(const Problem& p, int64_t bytes) : stride_(p.kv.head), runs_(p.heads.back().k + 1), bytes_(bytes) {
+    if (stride_ == bytes) bytes_ *= std::exchange(runs_, 1);
+    asked_.fill(p.kv.data);
+  }
+
+  void start(const Block& block) {
+    block_ = &block;
+    row_ = run_ = 0;
+    at_ = end_ = nullptr;
+  }
+
+  template <int N>
+  [[gnu::always_inline]] void ask() {
+    for (int i = 0; i < N; i++, at_ += 64) {
+      if (at_ >= end_ && !next_run()) return;
+      const char* before = std::exchange(asked_[count_++ % asked_.size()], at_);
+      _mm_prefetch(at_, _MM_HINT_T1);
+      _mm_prefetch(before, _MM_HINT_T1);
+    }
   }
 
  private:
-  int64_t used;
+  [[gnu::noinline]] bool next_run() {
+    if (row_ == 2 * kKeys) return false;
+    at_ = (row_ % 2 ? block_->value : block_->key)[row_ / 2] + run_ * stride_;
+    end_ = at_ + bytes_;
+    if (++run_ == runs_) run_ = 0, row_++;
+    return true;
+  }
+
+  const Block* block_ = nullptr;
+  int64_t stride_, runs_, bytes_, row_ = 0, run_ = 0;  // runs of bytes in each key's row and each value's
+  const char *at_ = nullptr, *end_ = nullptr;
+  std::array<const char*, 128> asked_;
+  uint64_t count_ = 0;
 };
 
-// All heads of a span's queries against keys [keys.lo, keys.hi): rows [head, query], as in p.heads.
+// The four quarters of four vectors, gathered: quarter j of the result's vector i is quarter i of vector j.
+[[gnu::always_inline]] inline void transpose_quarters(__m512i* r) {
+  const __m512i a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
+  const __m512i c = _mm512_shuffle_i32x4(r[2], r[3], 0x44), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+  r[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+  r[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  r[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+  r[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+
+// q [R, width in words] x keys: for each row and four keys, a vector of four sums for each key, to be added up in
+// `sum_quarters`. Vector n has keys n, n + 4, n + 8, n + 12.
+template <class T, bool Whole, bool First, int R>
+void multiply_keys(const int32_t* q, int64_t width, const Block& block, int64_t offset, int64_t dim, float* sums,
+                   Ahead& ahead) {
+  constexpr int kSums = R >= 4 ? 1 : 4 / R;  // of a row: enough in flight to hide the time that a product takes
+  for (int64_t n = 0; n < kKeys / 4; n++) {
+    const char* const* key = block.key + n;
+    __m512 sum[R][kSums];
+    for (auto& row : sum)
+      for (auto& x : row) x = _mm512_setzero_ps();
+    for (int64_t w = 0; w < width; w += 16) {
+      const __mmask16 mask = Whole ? 0xffff : lanes(0, {0, words<T>(dim) - w});
+      __m512i k[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) k[i] = _mm512_maskz_loadu_epi32(mask, key[4 * i] + offset + 4 * w);
+      if constexpr (First) ahead.ask<4>();
+      transpose_quarters(k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q + r * width + w + 4 * i));
+          sum[r][i % kSums] = dot(sum[r][i % kSums], k[i], _mm512_broadcast_i32x4(part), T());
+        }
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      for (int i = 1; i < kSums; i++) sum[r][0] = _mm512_add_ps(sum[r][0], sum[r][i]);
+      _mm512_storeu_ps(sums + (r * kKeys + 4 * n) * 4, sum[r][0]);
+    }
+  }
+}
+
+// The sums of 16 keys, of four numbers each.
+__m512 sum_quarters(const float* sums) {
+  const auto add = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+  const __m512 a = add(_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 32));
+  const __m512 b = add(_mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums + 48));
+  return add(a, b);
+}
+
+// Numbers [d, d + 32) of the value at step n: in fp32 key n; in bf16 keys 2n and 2n + 1, interleaved.
+template <bool Whole>
+Pair value_at(const char* const* rows, int64_t offset, int64_t n, int64_t d, int64_t dim, float) {
+  const char* at = rows[n] + offset + 4 * d;
+  return {_mm512_maskz_loadu_epi32(Whole ? 0xffff : lanes(0, {0, dim - d}), at),
+          _mm512_maskz_loadu_epi32(Whole ? 0xffff : lanes(16, {0, dim - d}), at + 64)};
+}
+template <bool Whole>
+Pair value_at(const char* const* rows, int64_t offset, int64_t n, int64_t d, int64_t dim, BFloat16) {
+  const auto mask = static_cast<__mmask32>(Whole || dim - d >= 32 ? ~0u : (1u << (dim - d)) - 1);
+  const __m512i a = _mm512_maskz_loadu_epi16(mask, rows[2 * n] + offset + 2 * d);
+  const __m512i b = _mm512_maskz_loadu_epi16(mask, rows[2 * n + 1] + offset + 2 * d);
+  return interleave(a, b);
+}
+
+// out [R, dim] += p [R, kKeys] x values, for C times 32 numbers from d on.
+template <class T, bool Whole, bool First, int R, int C>
+void add_columns(const T* p, const Block& block, int64_t offset, int64_t d, int64_t dim, float* out, Ahead& ahead) {
+  constexpr int64_t steps = kKeys * sizeof(T) / 4;
+  const auto* weights = reinterpret_cast<const int32_t*>(p);
+  const int64_t padded = round_up(dim, 32);
+  __m512 sum[R][2 * C];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 2 * C; i++) sum[r][i] = _mm512_loadu_ps(out + r * padded + d + 16 * i);
+  for (int64_t n = 0; n < steps; n++) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+      const Pair v = value_at<Whole>(block.value, offset, n, d + 32 * c, dim, T());
+      if constexpr (First) ahead.ask<2>();
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const __m512i x = _mm512_set1_epi32(weights[r * steps + n]);
+        sum[r][2 * c] = dot(sum[r][2 * c], v.low, x, T());
+        sum[r][2 * c + 1] = dot(sum[r][2 * c + 1], v.high, x, T());
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 2 * C; i++) _mm512_storeu_ps(out + r * padded + d + 16 * i, sum[r][i]);
+}
+
+template <class T, bool Whole, bool First, int R>
+void add_values(const T* p, const Block& block, int64_t offset, int64_t dim, float* out, Ahead& ahead) {
+  constexpr int kMost = R >= 8 ? 1 : R >= 4 ? 2 : 4;  // columns whose sums fit the registers
+  int64_t d = 0;
+  for (; dim - d > 32 * (kMost - 1); d += 32 * kMost)
+    add_columns<T, Whole, First, R, kMost>(p, block, offset, d, dim, out, ahead);
+  if constexpr (kMost > 2)
+    for (; dim - d > 32; d += 64) add_columns<T, Whole, First, R, 2>(p, block, offset, d, dim, out, ahead);
+  if constexpr (kMost > 1)
+    for (; dim > d; d += 32) add_columns<T, Whole, First, R, 1>(p, block, offset, d, dim, out, ahead);
+}
+
+// One row's running softmax.
+struct Row {
+  float* out;  // [padded] not divided by the sum
+  float* sum;  // [16] lanes
+  float* top;  // maximum, in base 2
+};
+
+// p = 2^(s * scale - top) of a block's keys where they are seen, 0 elsewhere.
 template <class T>
+void softmax(const float* sums, Range seen, float scale, const Row& row, int64_t padded, T* p) {
+  const __mmask16 mask = lanes(0, seen);
+  const __m512 x = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), mask, sum_quarters(sums), _mm512_set1_ps(scale));
+  if (_mm512_cmp_ps_mask(x, _mm512_set1_ps(*row.top), _CMP_GT_OQ)) {  // seldom, after some blocks
+    const float top = _mm512_reduce_max_ps(x);
+    const __m512 shrink = _mm512_set1_ps(std::exp2(*row.top - top));
+    *row.top = top;
+    _mm512_storeu_ps(row.sum, _mm512_mul_ps(_mm512_loadu_ps(row.sum), shrink));
+    for (int64_t d = 0; d < padded; d += 16)
+      _mm512_storeu_ps(row.out + d, _mm512_mul_ps(_mm512_loadu_ps(row.out + d), shrink));
+  }
+  const __m512 y = _mm512_maskz_mov_ps(mask, exp2(_mm512_sub_ps(x, _mm512_set1_ps(*row.top))));
+  _mm512_storeu_ps(row.sum, _mm512_add_ps(_mm512_loadu_ps(row.sum), y));
+  store(p, y);
+}
+
+// All heads of a span's queries against keys [keys.lo, keys.hi): rows [head, query], as in p.heads.
+// Whole: head_dim is a multiple of 32.
+template <class T, bool Whole>
 class Decode {
  public:
-  Decode(const Problem& p, const Span& s, Range keys) : p_(p), s_(s), padded_(round_up(p.dim, 32)) {
+  Decode(const Problem& p, const Span& s, Range keys)
+      : p_(p), s_(s), padded_(round_up(p.dim, 32)), width_(round_up(words<T>(p.dim), 16)) {
     int64_t heads = 0, most = 0;
-    for (const Heads& h : p.heads) heads += h.group, most = std::max(most, h.group);
+    for (const Heads& h : p.heads) {
+      heads += h.group, most = std::max(most, h.group);
+    }
     rows_ = heads * s.queries(), most *= s.queries();
-    const int64_t floats = rows_ * (padded_ + words<T>(p.dim) + 17) + kKeys * words<T>(p.dim) + most * (2 * kKeys + 1);
     thread_local Scratch scratch;
-    float* at = scratch.take<float>(floats + 64);
+    float* at = scratch.take<float>(rows_ * (padded_ + width_ + 17) + most * 5 * kKeys);
     auto take = [&](int64_t count) { return std::exchange(at, at + count); };
-    out_ = take(rows_ * padded_), sum_ = take(rows_ * 16), top_ = take(rows_);
-    scores_ = take(most * kKeys), weights_ = reinterpret_cast<T*>(take(most * kKeys)), shrink_ = take(most);
-    keys_ = reinterpret_cast<T*>(take(kKeys * words<T>(p.dim)));
-    q_ = reinterpret_cast<T*>(at);
-    std::fill(out_, out_ + rows_ * (padded_ + 16), 0.0f);
+    out_ = take(rows_ * padded_), sum_ = take(rows_ * 16);
+    q_ = reinterpret_cast<int32_t*>(take(rows_ * width_));
+    sums_ = take(most * 4 * kKeys), weights_ = reinterpret_cast<T*>(take(most * kKeys)), top_ = take(rows_);
+    std::fill(out_, reinterpret_cast<float*>(q_) + rows_ * width_, 0.0f);
     std::fill(top_, top_ + rows_, -INFINITY);
-    T* to = q_;
+    int32_t* to = q_;
     for (const Heads& h : p.heads)
       for (int64_t i = 0; i < s.queries(); i++)
-        for (int64_t g = 0; g < h.group; g++, to += p.dim) std::copy_n(p.q.at<T>(s.q_lo + i, h.q + g), p.dim, to);
+        for (int64_t g = 0; g < h.group; g++, to += width_)
+          std::copy_n(p.q.at<T>(s.q_lo + i, h.q + g), p.dim, reinterpret_cast<T*>(to));
     Range all{keys.hi, keys.lo};
     for (int64_t i = 0; i < s.queries(); i++) {
       const Range r = p.visible(s, i);
@@ -196,40 +266,42 @@ class Decode {
  private:
   void run(Range all) {
     if (all.hi <= all.lo) return;
-    KeyRows rows(p_, s_, all.lo, all.hi);
+    Ahead ahead(p_, p_.dim * sizeof(T));
+    Block block(p_, s_, all.lo, all.hi);
     for (int64_t at = all.lo; at < all.hi; at += kKeys) {
-      const KeyRows next(p_, s_, std::min(at + kKeys, all.hi), all.hi);
+      const Block next(p_, s_, std::min(at + kKeys, all.hi), all.hi);
+      ahead.start(next);
       int64_t row = 0;
       for (const Heads& h : p_.heads) {
-        attend(h, row, at, rows.of_head(p_, h.k), next.of_head(p_, h.k));
+        attend(h, row, at, block, ahead);
         row += h.group * s_.queries();
       }
-      rows = next;
+      block = next;
     }
   }
 
-  void attend(const Heads& h, int64_t row, int64_t at, const KeyRows& rows, const KeyRows& next) {
-    const int64_t count = h.group * s_.queries(), dim = p_.dim, width = words<T>(dim);
-    pack_keys<T, true>(rows.key, kKeys, kKeys, dim, keys_, next.key);
-    const auto* q = reinterpret_cast<const int32_t*>(q_ + row * dim);
-    by_rows(count, [&]<int R>(int64_t r) {
-      multiply_keys<T, R>(q + r * width, reinterpret_cast<const int32_t*>(keys_), width, scores_ + r * kKeys);
+  void attend(const Heads& h, int64_t row, int64_t at, const Block& block, Ahead& ahead) {
+    const int64_t count = h.group * s_.queries(), offset = h.k * p_.kv.head;
+    by_rows(count, [&]<int R, bool First>(int64_t r) {
+      const int32_t* q = q_ + (row + r) * width_;
+      multiply_keys<T, Whole, First, R>(q, width_, block, offset, p_.dim, sums_ + r * 4 * kKeys, ahead);
     });
     for (int64_t r = 0; r < count; r++) {
       const Range seen = seen_[r / h.group];
-      shrink_[r] = softmax(scores_ + r * kKeys, {seen.lo - at, seen.hi - at}, p_.scale, top_ + row + r,
-                           sum_ + 16 * (row + r), weights_ + r * kKeys);
+      const Row state{out_ + (row + r) * padded_, sum_ + 16 * (row + r), top_ + row + r};
+      softmax(sums_ + r * 4 * kKeys, {seen.lo - at, seen.hi - at}, p_.scale, state, padded_, weights_ + r * kKeys);
     }
-    by_rows(count, [&]<int R>(int64_t r) {
-      add_values<T, R>(weights_ + r * kKeys, rows.value, next.value, dim, shrink_ + r, out_ + (row + r) * padded_);
+    by_rows(count, [&]<int R, bool First>(int64_t r) {
+      add_values<T, Whole, First, R>(weights_ + r * kKeys, block, offset, p_.dim, out_ + (row + r) * padded_, ahead);
     });
   }
 
   const Problem& p_;
   const Span& s_;
-  int64_t rows_, padded_;
-  float *out_, *sum_, *top_, *scores_, *shrink_;  // shrink: see softmax
-  T *weights_, *keys_, *q_;
+  int64_t rows_, padded_, width_;  // padded, width: of a row of out, and of q in words
+  float *out_, *sum_, *top_, *sums_;  // sums: of multiply_keys
+  int32_t* q_;
+  T* weights_;
   Range seen_[kFewRows];
 };
 
@@ -263,14 +335,19 @@ void attend_decode(const Problem& p, const std::vector<const Span*>& spans, int6
   };
   parallel(parts.size(), [&](int64_t i) {
     const Part& part = parts[i];
-    Decode<T>(p, *part.span, part.keys).results([&](int64_t query, int64_t head, const float* out, float by, float lse) {
+    const auto keep = [&](int64_t query, int64_t head, const float* out, float by, float lse) {
       float* to = part.result + (query * num_heads + head) * size;
       if (part.result) {
         put(out, by, lse, to, to + p.dim, p.dim, false);
       } else {
         place(*part.span, query, head, out, by, lse, p.merge);
       }
-    });
+    };
+    if (p.dim % 32) {
+      Decode<T, false>(p, *part.span, part.keys).results(keep);
+    } else {
+      Decode<T, true>(p, *part.span, part.keys).results(keep);
+    }
   });
   for (const Part& part : parts) {
     for (int64_t i = 0; part.result && i < part.span->queries() * num_heads; i++) {
