@@ -5,12 +5,12 @@
 // are read.
 #pragma once
 
-#include "attention.h"
+#include "attention_ahead.h"
 
 namespace {
 
 constexpr int64_t kFewRows = 32;      // of queries x heads of a group
-constexpr int64_t kKeys = 16;         // of a block
+constexpr int kMostKeys = 32;         // of a block; see `attend_part`
 constexpr int64_t kSplitKeys = 1024;  // the fewest worth a thread of their own
 
 __m512 dot(__m512 sum, __m512i a, __m512i b, BFloat16) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
@@ -31,60 +31,6 @@ void by_rows(int64_t rows, const F& f) {
   if (rows - r >= 1) call.template operator()<1>(r);
 }
 
-// A block's keys and values, for KV head 0; zeros stand for those after its end.
-struct Block {
-  const char *key[kKeys], *value[kKeys];
-
-  Block(const Problem& p, const Span& s, int64_t lo, int64_t hi) {
-    alignas(64) static const char zeros[4096] = {};
-    for (int64_t i = 0; i < kKeys; i++) {
-      key[i] = lo + i < hi ? p.key(s, lo + i, 0) : zeros;
-      value[i] = lo + i < hi ? key[i] + p.kv.value : zeros;
-    }
-  }
-};
-
-// Asks for a block's lines, to L2, in the order in which they lie and at the pace at which those of the block before are
-// read. The CPU drops what is asked while many others are under way, so each line is asked for again some time later.
-class Ahead {
- public:
-  Ahead(const Problem& p, int64_t bytes) : stride_(p.kv.head), runs_(p.heads.back().k + 1), bytes_(bytes) {
-    if (stride_ == bytes) bytes_ *= std::exchange(runs_, 1);
-    asked_.fill(p.kv.data);
-  }
-
-  void start(const Block& block) {
-    block_ = &block;
-    row_ = run_ = 0;
-    at_ = end_ = nullptr;
-  }
-
-  template <int N>
-  [[gnu::always_inline]] void ask() {
-    for (int i = 0; i < N; i++, at_ += 64) {
-      if (at_ >= end_ && !next_run()) return;
-      const char* before = std::exchange(asked_[count_++ % asked_.size()], at_);
-      _mm_prefetch(at_, _MM_HINT_T1);
-      _mm_prefetch(before, _MM_HINT_T1);
-    }
-  }
-
- private:
-  [[gnu::noinline]] bool next_run() {
-    if (row_ == 2 * kKeys) return false;
-    at_ = (row_ % 2 ? block_->value : block_->key)[row_ / 2] + run_ * stride_;
-    end_ = at_ + bytes_;
-    if (++run_ == runs_) run_ = 0, row_++;
-    return true;
-  }
-
-  const Block* block_ = nullptr;
-  int64_t stride_, runs_, bytes_, row_ = 0, run_ = 0;  // runs of bytes in each key's row and each value's
-  const char *at_ = nullptr, *end_ = nullptr;
-  std::array<const char*, 128> asked_;
-  uint64_t count_ = 0;
-};
-
 // The four quarters of four vectors, gathered: quarter j of the result's vector i is quarter i of vector j.
 [[gnu::always_inline]] inline void transpose_quarters(__m512i* r) {
   const __m512i a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
@@ -96,13 +42,13 @@ class Ahead {
 }
 
 // q [R, width in words] x keys: for each row and four keys, a vector of four sums for each key, to be added up in
-// `sum_quarters`. Vector n has keys n, n + 4, n + 8, n + 12.
-template <class T, bool Whole, bool First, int R>
-void multiply_keys(const int32_t* q, int64_t width, const Block& block, int64_t offset, int64_t dim, float* sums,
-                   Ahead& ahead) {
+// `sum_quarters`. Of every 16 keys, vector n has keys n, n + 4, n + 8, n + 12.
+template <class T, bool Whole, bool First, int R, int Keys>
+void multiply_keys(const int32_t* q, int64_t width, const Block<Keys>& block, int64_t offset, int64_t dim, float* sums,
+                   Ahead<Keys>& ahead) {
   constexpr int kSums = R >= 4 ? 1 : 4 / R;  // of a row: enough in flight to hide the time that a product takes
-  for (int64_t n = 0; n < kKeys / 4; n++) {
-    const char* const* key = block.key + n;
+  for (int64_t n = 0; n < Keys / 4; n++) {
+    const char* const* key = block.key + n / 4 * 16 + n % 4;
     __m512 sum[R][kSums];
     for (auto& row : sum)
       for (auto& x : row) x = _mm512_setzero_ps();
@@ -111,7 +57,7 @@ void multiply_keys(const int32_t* q, int64_t width, const Block& block, int64_t 
       __m512i k[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) k[i] = _mm512_maskz_loadu_epi32(mask, key[4 * i] + offset + 4 * w);
-      if constexpr (First) ahead.ask<4>();
+      if constexpr (First) ahead.template ask<4>();
       transpose_quarters(k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
@@ -124,7 +70,7 @@ void multiply_keys(const int32_t* q, int64_t width, const Block& block, int64_t 
     }
     for (int r = 0; r < R; r++) {
       for (int i = 1; i < kSums; i++) sum[r][0] = _mm512_add_ps(sum[r][0], sum[r][i]);
-      _mm512_storeu_ps(sums + (r * kKeys + 4 * n) * 4, sum[r][0]);
+      _mm512_storeu_ps(sums + (r * Keys + 4 * n) * 4, sum[r][0]);
     }
   }
 }
@@ -152,10 +98,11 @@ Pair value_at(const char* const* rows, int64_t offset, int64_t n, int64_t d, int
   return interleave(a, b);
 }
 
-// out [R, dim] += p [R, kKeys] x values, for C times 32 numbers from d on.
-template <class T, bool Whole, bool First, int R, int C>
-void add_columns(const T* p, const Block& block, int64_t offset, int64_t d, int64_t dim, float* out, Ahead& ahead) {
-  constexpr int64_t steps = kKeys * sizeof(T) / 4;
+// out [R, dim] += p [R, Keys] x values, for C times 32 numbers from d on.
+template <class T, bool Whole, bool First, int R, int C, int Keys>
+void add_columns(const T* p, const Block<Keys>& block, int64_t offset, int64_t d, int64_t dim, float* out,
+                 Ahead<Keys>& ahead) {
+  constexpr int64_t steps = Keys * sizeof(T) / 4;
   const auto* weights = reinterpret_cast<const int32_t*>(p);
   const int64_t padded = round_up(dim, 32);
   __m512 sum[R][2 * C];
@@ -165,7 +112,7 @@ void add_columns(const T* p, const Block& block, int64_t offset, int64_t d, int6
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++) {
       const Pair v = value_at<Whole>(block.value, offset, n, d + 32 * c, dim, T());
-      if constexpr (First) ahead.ask<2>();
+      if constexpr (First) ahead.template ask<2>();
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const __m512i x = _mm512_set1_epi32(weights[r * steps + n]);
@@ -178,8 +125,8 @@ void add_columns(const T* p, const Block& block, int64_t offset, int64_t d, int6
     for (int i = 0; i < 2 * C; i++) _mm512_storeu_ps(out + r * padded + d + 16 * i, sum[r][i]);
 }
 
-template <class T, bool Whole, bool First, int R>
-void add_values(const T* p, const Block& block, int64_t offset, int64_t dim, float* out, Ahead& ahead) {
+template <class T, bool Whole, bool First, int R, int Keys>
+void add_values(const T* p, const Block<Keys>& block, int64_t offset, int64_t dim, float* out, Ahead<Keys>& ahead) {
   constexpr int kMost = R >= 8 ? 1 : R >= 4 ? 2 : 4;  // columns whose sums fit the registers
   int64_t d = 0;
   for (; dim - d > 32 * (kMost - 1); d += 32 * kMost)
@@ -198,26 +145,34 @@ struct Row {
 };
 
 // p = 2^(s * scale - top) of a block's keys where they are seen, 0 elsewhere.
-template <class T>
+template <class T, int Keys>
 void softmax(const float* sums, Range seen, float scale, const Row& row, int64_t padded, T* p) {
-  const __mmask16 mask = lanes(0, seen);
-  const __m512 x = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), mask, sum_quarters(sums), _mm512_set1_ps(scale));
-  if (_mm512_cmp_ps_mask(x, _mm512_set1_ps(*row.top), _CMP_GT_OQ)) {  // seldom, after some blocks
-    const float top = _mm512_reduce_max_ps(x);
+  constexpr int kVectors = Keys / 16;
+  __mmask16 mask[kVectors];
+  __m512 x[kVectors], most = _mm512_set1_ps(-INFINITY);
+  for (int i = 0; i < kVectors; i++) {
+    mask[i] = lanes(16 * i, seen);
+    x[i] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), mask[i], sum_quarters(sums + 64 * i), _mm512_set1_ps(scale));
+    most = _mm512_max_ps(most, x[i]);
+  }
+  if (_mm512_cmp_ps_mask(most, _mm512_set1_ps(*row.top), _CMP_GT_OQ)) {  // seldom, after some blocks
+    const float top = _mm512_reduce_max_ps(most);
     const __m512 shrink = _mm512_set1_ps(std::exp2(*row.top - top));
     *row.top = top;
     _mm512_storeu_ps(row.sum, _mm512_mul_ps(_mm512_loadu_ps(row.sum), shrink));
     for (int64_t d = 0; d < padded; d += 16)
       _mm512_storeu_ps(row.out + d, _mm512_mul_ps(_mm512_loadu_ps(row.out + d), shrink));
   }
-  const __m512 y = _mm512_maskz_mov_ps(mask, exp2(_mm512_sub_ps(x, _mm512_set1_ps(*row.top))));
-  _mm512_storeu_ps(row.sum, _mm512_add_ps(_mm512_loadu_ps(row.sum), y));
-  store(p, y);
+  for (int i = 0; i < kVectors; i++) {
+    const __m512 y = _mm512_maskz_mov_ps(mask[i], exp2(_mm512_sub_ps(x[i], _mm512_set1_ps(*row.top))));
+    _mm512_storeu_ps(row.sum, _mm512_add_ps(_mm512_loadu_ps(row.sum), y));
+    store(p + 16 * i, y);
+  }
 }
 
 // All heads of a span's queries against keys [keys.lo, keys.hi): rows [head, query], as in p.heads.
 // Whole: head_dim is a multiple of 32.
-template <class T, bool Whole>
+template <class T, bool Whole, int Keys>
 class Decode {
  public:
   Decode(const Problem& p, const Span& s, Range keys)
@@ -228,11 +183,11 @@ class Decode {
     }
     rows_ = heads * s.queries(), most *= s.queries();
     thread_local Scratch scratch;
-    float* at = scratch.take<float>(rows_ * (padded_ + width_ + 17) + most * 5 * kKeys);
+    float* at = scratch.take<float>(rows_ * (padded_ + width_ + 17) + most * 5 * Keys);
     auto take = [&](int64_t count) { return std::exchange(at, at + count); };
     out_ = take(rows_ * padded_), sum_ = take(rows_ * 16);
     q_ = reinterpret_cast<int32_t*>(take(rows_ * width_));
-    sums_ = take(most * 4 * kKeys), weights_ = reinterpret_cast<T*>(take(most * kKeys)), top_ = take(rows_);
+    sums_ = take(most * 4 * Keys), weights_ = reinterpret_cast<T*>(take(most * Keys)), top_ = take(rows_);
     std::fill(out_, reinterpret_cast<float*>(q_) + rows_ * width_, 0.0f);
     std::fill(top_, top_ + rows_, -INFINITY);
     int32_t* to = q_;
@@ -266,10 +221,10 @@ class Decode {
  private:
   void run(Range all) {
     if (all.hi <= all.lo) return;
-    Ahead ahead(p_, p_.dim * sizeof(T));
-    Block block(p_, s_, all.lo, all.hi);
-    for (int64_t at = all.lo; at < all.hi; at += kKeys) {
-      const Block next(p_, s_, std::min(at + kKeys, all.hi), all.hi);
+    Ahead<Keys> ahead(p_, p_.dim * sizeof(T));
+    Block<Keys> block(p_, s_, all.lo, all.hi);
+    for (int64_t at = all.lo; at < all.hi; at += Keys) {
+      const Block<Keys> next(p_, s_, std::min(at + Keys, all.hi), all.hi);
       ahead.start(next);
       int64_t row = 0;
       for (const Heads& h : p_.heads) {
@@ -280,19 +235,19 @@ class Decode {
     }
   }
 
-  void attend(const Heads& h, int64_t row, int64_t at, const Block& block, Ahead& ahead) {
+  void attend(const Heads& h, int64_t row, int64_t at, const Block<Keys>& block, Ahead<Keys>& ahead) {
     const int64_t count = h.group * s_.queries(), offset = h.k * p_.kv.head;
     by_rows(count, [&]<int R, bool First>(int64_t r) {
       const int32_t* q = q_ + (row + r) * width_;
-      multiply_keys<T, Whole, First, R>(q, width_, block, offset, p_.dim, sums_ + r * 4 * kKeys, ahead);
+      multiply_keys<T, Whole, First, R>(q, width_, block, offset, p_.dim, sums_ + r * 4 * Keys, ahead);
     });
     for (int64_t r = 0; r < count; r++) {
       const Range seen = seen_[r / h.group];
       const Row state{out_ + (row + r) * padded_, sum_ + 16 * (row + r), top_ + row + r};
-      softmax(sums_ + r * 4 * kKeys, {seen.lo - at, seen.hi - at}, p_.scale, state, padded_, weights_ + r * kKeys);
+      softmax<T, Keys>(sums_ + r * 4 * Keys, {seen.lo - at, seen.hi - at}, p_.scale, state, padded_, weights_ + r * Keys);
     }
     by_rows(count, [&]<int R, bool First>(int64_t r) {
-      add_values<T, Whole, First, R>(weights_ + r * kKeys, block, offset, p_.dim, out_ + (row + r) * padded_, ahead);
+      add_values<T, Whole, First, R>(weights_ + r * Keys, block, offset, p_.dim, out_ + (row + r) * padded_, ahead);
     });
   }
 
@@ -311,6 +266,20 @@ struct Part {  // of a span's keys
   float* result;  // [queries, heads, dim + 1] for out and lse; null: put in its place
 };
 
+// Blocks of 32 keys load and store the running output half as often, which pays from 4 rows that share a KV head; 8 rows
+// compute for so long that it is hidden.
+template <class T, class F>
+void attend_part(const Problem& p, const Part& part, const F& keep) {
+  const auto attend = [&]<bool Whole, int Keys>() { Decode<T, Whole, Keys>(p, *part.span, part.keys).results(keep); };
+  const int64_t rows = p.heads[0].group * part.span->queries();
+  const bool large = rows >= 4 && rows < 8;
+  if (p.dim % 32) {
+    large ? attend.template operator()<false, kMostKeys>() : attend.template operator()<false, 16>();
+  } else {
+    large ? attend.template operator()<true, kMostKeys>() : attend.template operator()<true, 16>();
+  }
+}
+
 // Keys are split where there are more threads than spans, and the parts merged.
 template <class T>
 void attend_decode(const Problem& p, const std::vector<const Span*>& spans, int64_t num_heads) {
@@ -324,7 +293,7 @@ void attend_decode(const Problem& p, const std::vector<const Span*>& spans, int6
   std::vector<Part> parts;
   float* at = results.data();
   for (const Span* s : spans) {
-    const int64_t n = num_parts(*s), keys = round_up((s->keys() + n - 1) / n, kKeys);
+    const int64_t n = num_parts(*s), keys = round_up((s->keys() + n - 1) / n, kMostKeys);
     for (int64_t i = 0; i < n; i++) {
       parts.push_back({s, {std::min(i * keys, s->keys()), std::min((i + 1) * keys, s->keys())}, n > 1 ? at : nullptr});
       if (n > 1) at += s->queries() * num_heads * size;
@@ -335,19 +304,14 @@ void attend_decode(const Problem& p, const std::vector<const Span*>& spans, int6
   };
   parallel(parts.size(), [&](int64_t i) {
     const Part& part = parts[i];
-    const auto keep = [&](int64_t query, int64_t head, const float* out, float by, float lse) {
+    attend_part<T>(p, part, [&](int64_t query, int64_t head, const float* out, float by, float lse) {
       float* to = part.result + (query * num_heads + head) * size;
       if (part.result) {
         put(out, by, lse, to, to + p.dim, p.dim, false);
       } else {
         place(*part.span, query, head, out, by, lse, p.merge);
       }
-    };
-    if (p.dim % 32) {
-      Decode<T, false>(p, *part.span, part.keys).results(keep);
-    } else {
-      Decode<T, true>(p, *part.span, part.keys).results(keep);
-    }
+    });
   });
   for (const Part& part : parts) {
     for (int64_t i = 0; part.result && i < part.span->queries() * num_heads; i++) {

@@ -122,6 +122,14 @@ def test_head_dims(name: str, head_dim: int) -> None:
     assert out < 1e-5 and lse < 1e-5
 
 
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("keys", [5, 16, 33])
+def test_rows_of_many_wide_kv_heads(name: str, keys: int) -> None:
+    work, q, kv = make_work([(1, keys)] * 2, heads=HeadMap(0, 64, 1), head_dim=128, causal=True)
+    out, lse = compare(name, replace(work, scale=128**-0.5), q, kv, torch.float32)
+    assert out < 1e-5 and lse < 1e-5
+
+
 @pytest.mark.skipif(CHOSEN != "native", reason=WHY)
 @settings(max_examples=60, deadline=None)
 @given(
