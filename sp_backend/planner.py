@@ -37,6 +37,8 @@ _NEW: Final = tuple(round(2 ** (k / 2)) for k in range(41))  # new tokens of a s
 _CACHED_UNIT: Final = 256
 _CACHED: Final = tuple(_CACHED_UNIT * (2**k - 1) for k in range(0, 14))
 _PROMPTS: Final = (1, 3, 9, 27)
+_APART: Final = 1, 2, 5, 11  # places between points of the table, by time, that two groups of ranks are tried with
+_UNEVEN_PAGES: Final = 32  # of a rank; a page more or less is left out from there on
 
 Batch = Sequence[tuple[int, int]]  # (new, cached) tokens of each prompt
 
@@ -263,17 +265,50 @@ class Planner:
         table = self._table
         asked = {d: columns for d, columns in table.columns.items() if degree in (None, d) or d == 1}
         if len(batch) == 1:
-            new, cached = batch[0]
-            point = table.point([(new, cached, 1.0)])
-            return {d: (point, table.best(point, columns)) for d, columns in asked.items()}
+            ((new, cached),) = batch
+            found = {}
+            for d, columns in asked.items():
+                point = table.point([(self._busiest([new], d), cached, 1.0)])
+                found[d] = point, table.best(point, columns)
+            return found
         work = _work(batch, self._dense_pairs)
         found = {}
         for d, columns in asked.items():
             groups = [g for g in _assign(work, self.num_ranks // d) if g]
             if d == 1:  # nothing is shared, so only the most work counts
                 groups = [max(groups, key=lambda g: sum([work[i] for i in g]))]
-            point = table.point([_load([batch[i] for i in g]) for g in groups])
+            point = table.point([self._load([batch[i] for i in g], d) for g in groups])
             found[d] = point, table.best(point, columns)
+        return found
+
+    def _load(self, batch: Batch, degree: int) -> tuple[float, float, float]:
+        """New tokens, cached tokens, and the number of equal prompts with as many visible pairs."""
+        new = cached = 0
+        pairs = 0.0
+        for t, c in batch:
+            new += t
+            cached += c
+            pairs += t * (c + t / 2)
+        return self._busiest([t for t, _ in batch], degree), cached, new * (cached + new / 2) / pairs if pairs else 1.0
+
+    def _busiest(self, new: Sequence[int], degree: int) -> float:
+        """New tokens, were all ranks of a group as busy as the busiest, which has a page more than others."""
+        if degree == 1:
+            return sum(new)
+        few, size = self._pages[degree], self._page_size
+        pages = [few[-(-n // size)] if n <= (len(few) - 1) * size else (n / (size * degree),) * degree for n in new]
+        return degree * size * max(map(sum, zip(*pages, strict=True)))
+
+    @cached_property
+    def _pages(self) -> dict[int, list[tuple[float, ...]]]:
+        """Degree -> for each number of a prompt's new pages, those of each rank of a group. Of more, ranks have as good
+        as equal parts.
+        """
+        found = {}
+        for degree in self._table.columns.keys() - {1}:
+            layout = self._costs[self._table.variants[self._table.columns[degree][0]]].plan.layout
+            owners = [layout.page_ranks(pages, 1) for pages in range(_UNEVEN_PAGES * degree)]
+            found[degree] = [tuple(float(ranks.count(rank)) for rank in range(degree)) for ranks in owners]
         return found
 
     # The table
@@ -288,15 +323,13 @@ class Planner:
             layout = cost.plan.layout
             key = layout.kind, layout.history, layout.group_size
             if key not in sizes:
-                sizes[key] = grid.sizes(layout, self._page_size)
+                sizes[key] = grid.sizes(layout)
             times = cost.times(sizes[key])
             seconds.append(times.step.reshape(grid.shape))
             exposed.append((self.shape.num_layers * times.exposed).reshape(grid.shape))
         degrees = np.array([self._degree(v) for v in self.candidates])
         step = np.stack(seconds, -1)
-        alone = step[:, :, 0] * np.where(degrees == 1, 1.0, 1.0 + self.machine.error)
-        useful = {*degrees[np.unique(alone.argmin(-1))].tolist(), 1, self.num_ranks}
-        kept = [i for d in sorted(useful) for i in _cover(step, np.flatnonzero(degrees == d))]
+        kept = [i for d in np.unique(degrees) for i in _cover(step, np.flatnonzero(degrees == d), self.num_ranks // d)]
         columns: dict[int, list[int]] = {}
         for column, i in enumerate(kept):
             columns.setdefault(int(degrees[i]), []).append(column)
@@ -327,26 +360,26 @@ class _Grid:
         if num_ranks <= 4:
             return cls(_NEW, _CACHED, _PROMPTS)
         if num_ranks <= 8:
-            return cls(_NEW[::2], _CACHED[::2], _PROMPTS)
+            return cls(_NEW, _CACHED, _PROMPTS[::2])
         return cls(_NEW[::4], _CACHED[::3], _PROMPTS[::3])
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return len(self.new), len(self.cached), len(self.prompts)
 
-    def sizes(self, layout: Layout, page_size: int) -> Sizes:
-        """Every point, with each group of ranks under the same load."""
+    def sizes(self, layout: Layout) -> Sizes:
+        """Every point, with each group of ranks under the same load, even over its ranks."""
         rows, count = [], []
         for new in self.new:
             for cached in self.cached:
                 for prompts in self.prompts:
-                    rows.append([self._rows(layout, max(1, new // prompts), cached // prompts, page_size)])
+                    rows.append([self._rows(layout, max(1, new // prompts), cached // prompts)])
                     count.append([prompts])
         return Sizes(np.array(rows, np.int64), np.array(count, np.int64))
 
     @staticmethod
-    def _rows(layout: Layout, new: int, cached: int, page_size: int) -> list[int]:
-        geometry = lay_out(layout, [(new, cached)] * layout.num_groups, page_size)
+    def _rows(layout: Layout, new: int, cached: int) -> list[int]:
+        geometry = lay_out(layout, [(new, cached)] * layout.num_groups)
         return [int(n) for n in np.sum(geometry.rows, axis=0)]  # as if one prompt: masks keep groups apart
 
     @cached_property
@@ -369,30 +402,21 @@ class _Grid:
         )
 
 
-def _load(batch: Batch) -> tuple[float, float, float]:
-    """New tokens, cached tokens, and the number of equal prompts with as many visible pairs."""
-    new = cached = 0
-    pairs = 0.0
-    for t, c in batch:
-        new += t
-        cached += c
-        pairs += t * (c + t / 2)
-    return new, cached, new * (cached + new / 2) / pairs if pairs else 1.0
-
-
-def _cover(seconds: Floats, columns: NDArray[np.intp]) -> list[int]:
+def _cover(seconds: Floats, columns: NDArray[np.intp], num_groups: int) -> list[int]:
     """Those of some columns that together are within TIE of their best everywhere: the one that is near the best most
-    often, then the same for what is left.
+    often, then the same for what is left. Of two groups the slower counts, so a column that is never the best may be so
+    for two unlike loads that take about as long.
     """
-    if not len(columns):
-        return []
-    among = seconds[..., columns]
+    among = seconds[..., columns].reshape(-1, len(columns))
+    if num_groups > 1:
+        among = among[among.min(-1).argsort()]
+        among = np.concatenate([among, *(np.maximum(among[apart:], among[:-apart]) for apart in _APART)])
     near = among <= among.min(-1, keepdims=True) * (1 + TIE)
-    left, kept = np.ones(near.shape[:-1], bool), []
+    left, kept = np.ones(len(among), bool), []
     while left.any():
         best = int(near[left].sum(0).argmax())
         kept.append(best)
-        left &= ~near[..., best]
+        left &= ~near[:, best]
     return [int(columns[i]) for i in sorted(kept)]
 
 

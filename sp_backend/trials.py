@@ -75,14 +75,16 @@ def learn(
     page_size: int,
     longest: int,
     path: Path,
+    draws: bool,
 ) -> Machine:
     """The planner's machine, corrected by steps of at most `longest` tokens; equal on all ranks of the world, all of
-    which call it. layouts: of the planner's winners, by name. path: where to keep it.
+    which call it. layouts: of the planner's winners, by name. path: where to keep it. draws: whether the model has a
+    head to draw tokens with.
     """
     since = time.perf_counter()
     chosen: list[list[Trial]] = [choose_trials(planner, longest) if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(chosen, src=0)
-    steps = [trial_step(trial, layouts[str(trial.variant)], sp_rank, page_size) for trial in chosen[0]]
+    steps = [trial_step(trial, layouts[str(trial.variant)], sp_rank, page_size, draws) for trial in chosen[0]]
     mine = [_timed(run, steps) for _ in range(1 + REPEATS)][1:]  # first runs open connections and touch pages
     everyone: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
@@ -111,7 +113,7 @@ def _timed(run: Callable[[Step], StepResult], steps: list[Step]) -> list[float]:
     return seconds
 
 
-def trial_step(trial: Trial, layout: Layout, sp_rank: int, page_size: int) -> Step:
+def trial_step(trial: Trial, layout: Layout, sp_rank: int, page_size: int, draws: bool = True) -> Step:
     """One rank's command, as the scheduler would send it: a prompt that begins on rank 0, and its next token drawn."""
     start, new = trial.cached // page_size * page_size, trial.new
     if trial.variant == OFF:
@@ -131,6 +133,6 @@ def trial_step(trial: Trial, layout: Layout, sp_rank: int, page_size: int) -> St
         page_owners=bytes(owners),
         pages=np.arange(owners.count(sp_rank), dtype="<i4").tobytes(),
         tokens=bytes(4 * num_tokens),
-        sampling=Sampling(temperature=0.0) if owners[-1] == sp_rank else None,
+        sampling=Sampling(temperature=0.0) if draws and owners[-1] == sp_rank else None,
     )
     return Step(-1, [Group(str(trial.variant), [sequence])], release=[REQUEST])

@@ -171,6 +171,7 @@ class Worker:
             config.page_size,
             min(config.context_length, self._num_pages * config.page_size),
             path,
+            self._model.has_head,
         )
         self._use(plans_for(config, self._model, planner.on(self._machine)))
 
