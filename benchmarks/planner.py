@@ -172,7 +172,7 @@ def batches(lengths: Sequence[int]) -> Sequence[Batch]:
 def decision_seconds() -> float:
     """The least of many, on an 8-rank machine, over batches of one to four prompts."""
     plan = planner("nvlink4-8", "64:8 x 128")
-    asked: list[Batch] = [[(700 * n, 100 * n)] * k for n in (1, 5, 40) for k in (1, 2, 4)]
+    asked: list[Batch] = [[(700 * n + 90 * i, 100 * n) for i in range(k)] for n in (1, 5, 40) for k in (1, 2, 4)]
     times = []
     for batch in asked:
         each = []

@@ -12,10 +12,11 @@ few plans.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Final, Literal
 
 import numpy as np
@@ -37,6 +38,7 @@ _NEW: Final = tuple(round(2 ** (k / 2)) for k in range(41))  # new tokens of a s
 _CACHED_UNIT: Final = 256
 _CACHED: Final = tuple(_CACHED_UNIT * (2**k - 1) for k in range(0, 14))
 _PROMPTS: Final = (1, 3, 9, 27)
+_EVEN: Final = "ring_pass_q", "token_ring", "ulysses"  # every rank attends to a part of every query
 _APART: Final = 1, 2, 5, 11  # places between points of the table, by time, that two groups of ranks are tried with
 _UNEVEN_PAGES: Final = 32  # of a rank; a page more or less is left out from there on
 
@@ -134,7 +136,7 @@ def _assign(work: Sequence[float], num_groups: int) -> list[list[int]]:
 
 class Planner:
     """Made once for a machine and a model; `choose` for each step. Its table, made at first use, takes 0.1 s of one
-    core for 2 ranks, 0.5 s for 4, 0.8 s for 8 and 1 s for 16; a decision on one prompt takes about 30 us.
+    core for 2 ranks, 0.4 s for 4, 2.4 s for 8 and 1 s for 16; a decision on one prompt takes about 30 us.
 
     num_ranks: the SP size, at most the machine's ranks. layout: the server's. kind: of the chunks; None: each
     strategy's default. redundant_kv: in layout heads, of new tokens. candidates: None: every variant that fits. Raises
@@ -264,51 +266,43 @@ class Planner:
         """The best column of each degree, or of one and off, and where in the table it is."""
         table = self._table
         asked = {d: columns for d, columns in table.columns.items() if degree in (None, d) or d == 1}
-        if len(batch) == 1:
-            ((new, cached),) = batch
-            found = {}
-            for d, columns in asked.items():
-                point = table.point([(self._busiest([new], d), cached, 1.0)])
-                found[d] = point, table.best(point, columns)
-            return found
         work = _work(batch, self._dense_pairs)
-        found = {}
+        found, at = {}, cache(table.at)  # degrees meet the same loads
         for d, columns in asked.items():
             groups = [g for g in _assign(work, self.num_ranks // d) if g]
             if d == 1:  # nothing is shared, so only the most work counts
                 groups = [max(groups, key=lambda g: sum([work[i] for i in g]))]
-            point = table.point([self._load([batch[i] for i in g], d) for g in groups])
+            point = self._point([[batch[i] for i in g] for g in groups], d, at)
             found[d] = point, table.best(point, columns)
         return found
 
-    def _load(self, batch: Batch, degree: int) -> tuple[float, float, float]:
-        """New tokens, cached tokens, and the number of equal prompts with as many visible pairs."""
-        new = cached = 0
-        pairs = 0.0
-        for t, c in batch:
-            new += t
-            cached += c
-            pairs += t * (c + t / 2)
-        return self._busiest([t for t, _ in batch], degree), cached, new * (cached + new / 2) / pairs if pairs else 1.0
+    def _point(self, groups: Sequence[Batch], degree: int, at: Callable[..., _Point]) -> _Point:
+        """Where groups of `degree` ranks, each with these prompts, are in the table.
 
-    def _busiest(self, new: Sequence[int], degree: int) -> float:
-        """New tokens, were all ranks of a group as busy as the busiest, which has a page more than others."""
-        if degree == 1:
-            return sum(new)
-        few, size = self._pages[degree], self._page_size
-        pages = [few[-(-n // size)] if n <= (len(few) - 1) * size else (n / (size * degree),) * degree for n in new]
-        return degree * size * max(map(sum, zip(*pages, strict=True)))
+        Of one prompt of few pages some ranks have more than others, by jumps: between two points of the table its place
+        is that of its busiest rank. Strategies under which every rank attends to a part of every query do not jump.
+        """
+        table = self._table
+        point = _slowest([at(*_load(batch)) for batch in groups])
+        if degree == 1 or len(groups) > 1 or len(groups[0]) > 1:
+            return point
+        new, cached = groups[0][0]
+        pages, most = -(-new // self._page_size), self._most_pages[degree]
+        if pages >= len(most):
+            return point
+        place = table.between(new, lambda n: most[min(-(-n // self._page_size), len(most) - 1)])
+        jumps = at(place, cached, 1.0)
+        logs = zip(point.logs, jumps.logs, table.even, strict=True)
+        return _Point([a if even else b for a, b, even in logs], point.weights, point.corner)
 
     @cached_property
-    def _pages(self) -> dict[int, list[tuple[float, ...]]]:
-        """Degree -> for each number of a prompt's new pages, those of each rank of a group. Of more, ranks have as good
-        as equal parts.
-        """
+    def _most_pages(self) -> dict[int, list[int]]:
+        """Degree -> for each number of a prompt's new pages, those of the rank that has most."""
         found = {}
         for degree in self._table.columns.keys() - {1}:
             layout = self._costs[self._table.variants[self._table.columns[degree][0]]].plan.layout
             owners = [layout.page_ranks(pages, 1) for pages in range(_UNEVEN_PAGES * degree)]
-            found[degree] = [tuple(float(ranks.count(rank)) for rank in range(degree)) for ranks in owners]
+            found[degree] = [max(map(ranks.count, ranks), default=0) for ranks in owners]
         return found
 
     # The table
@@ -323,7 +317,7 @@ class Planner:
             layout = cost.plan.layout
             key = layout.kind, layout.history, layout.group_size
             if key not in sizes:
-                sizes[key] = grid.sizes(layout)
+                sizes[key] = grid.sizes(layout, self._page_size)
             times = cost.times(sizes[key])
             seconds.append(times.step.reshape(grid.shape))
             exposed.append((self.shape.num_layers * times.exposed).reshape(grid.shape))
@@ -360,26 +354,26 @@ class _Grid:
         if num_ranks <= 4:
             return cls(_NEW, _CACHED, _PROMPTS)
         if num_ranks <= 8:
-            return cls(_NEW, _CACHED, _PROMPTS[::2])
+            return cls(_NEW, _CACHED, _PROMPTS)
         return cls(_NEW[::4], _CACHED[::3], _PROMPTS[::3])
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return len(self.new), len(self.cached), len(self.prompts)
 
-    def sizes(self, layout: Layout) -> Sizes:
-        """Every point, with each group of ranks under the same load, even over its ranks."""
+    def sizes(self, layout: Layout, page_size: int) -> Sizes:
+        """Every point, with each group of ranks under the same load."""
         rows, count = [], []
         for new in self.new:
             for cached in self.cached:
                 for prompts in self.prompts:
-                    rows.append([self._rows(layout, max(1, new // prompts), cached // prompts)])
+                    rows.append([self._rows(layout, max(1, new // prompts), cached // prompts, page_size)])
                     count.append([prompts])
         return Sizes(np.array(rows, np.int64), np.array(count, np.int64))
 
     @staticmethod
-    def _rows(layout: Layout, new: int, cached: int) -> list[int]:
-        geometry = lay_out(layout, [(new, cached)] * layout.num_groups)
+    def _rows(layout: Layout, new: int, cached: int, page_size: int) -> list[int]:
+        geometry = lay_out(layout, [(new, cached)] * layout.num_groups, page_size)
         return [int(n) for n in np.sum(geometry.rows, axis=0)]  # as if one prompt: masks keep groups apart
 
     @cached_property
@@ -400,6 +394,17 @@ class _Grid:
             math.log2(1 + cached / _CACHED_UNIT) * y,
             math.log2(max(prompts, 1)) * z,
         )
+
+
+def _load(batch: Batch) -> tuple[float, float, float]:
+    """New tokens, cached tokens, and the number of equal prompts with as many visible pairs."""
+    new = cached = 0
+    pairs = 0.0
+    for t, c in batch:
+        new += t
+        cached += c
+        pairs += t * (c + t / 2)
+    return new, cached, new * (cached + new / 2) / pairs if pairs else 1.0
 
 
 def _cover(seconds: Floats, columns: NDArray[np.intp], num_groups: int) -> list[int]:
@@ -429,6 +434,14 @@ class _Point:
     corner: tuple[slice, slice, slice]
 
 
+def _slowest(points: Sequence[_Point]) -> _Point:
+    """Of groups of ranks: each variant's slowest counts."""
+    first, *others = points
+    if not others:
+        return first
+    return _Point(list(map(max, first.logs, *[o.logs for o in others])), first.weights, first.corner)
+
+
 class _Table:
     """Predictions [new, cached, prompts, variants]; columns: degree -> variants, as indices."""
 
@@ -436,18 +449,12 @@ class _Table:
         self, grid: _Grid, kept: Sequence[Variant], columns: dict[int, list[int]], seconds: Floats, exposed: Floats
     ) -> None:
         self.variants, self.columns = list(kept), columns
+        self.even = [variant.strategy in _EVEN for variant in kept]
         self._grid, self._exposed = grid, exposed
         self._logs = np.ascontiguousarray(np.log(seconds))
 
-    def point(self, loads: Sequence[tuple[float, float, float]]) -> _Point:
-        """Logarithms of seconds are interpolated; beyond the table they go on as in its last cell. Of several groups
-        of ranks each variant's slowest counts.
-        """
-        first, *others = [self._one(*load) for load in loads]
-        logs = list(map(max, first.logs, *[o.logs for o in others])) if others else first.logs
-        return _Point(logs, first.weights, first.corner)
-
-    def _one(self, new: float, cached: float, prompts: float) -> _Point:
+    def at(self, new: float, cached: float, prompts: float) -> _Point:
+        """Logarithms of seconds are interpolated; beyond the table they go on as in its last cell."""
         x, y, z = self._grid.place(new, cached, prompts)
         nx, ny, nz = self._grid.shape
         i, j, k = min(int(x), nx - 2), min(int(y), ny - 2), min(int(z), nz - 2)
@@ -456,6 +463,16 @@ class _Table:
         weights = (a * (1 - z), a * z, b * (1 - z), b * z, c * (1 - z), c * z, d * (1 - z), d * z)
         corner = slice(i, i + 2), slice(j, j + 2), slice(k, k + 2)
         return _Point(np.dot(weights, self._logs[corner].reshape(8, -1)).tolist(), weights, corner)
+
+    def between(self, new: int, measure: Callable[[int], int]) -> float:
+        """New tokens as far between two points of the table as `measure` of `new` is between those of these."""
+        axis = self._grid.new
+        i = min(max(bisect_right(axis, new), 1), len(axis) - 1)
+        low, high = measure(axis[i - 1]), measure(axis[i])
+        if low == high:
+            return new
+        part = min(max(math.log(measure(new) / low) / math.log(high / low), 0.0), 1.0)
+        return math.exp((1 - part) * math.log(axis[i - 1]) + part * math.log(axis[i]))
 
     def best(self, point: _Point, columns: list[int]) -> int:
         """The fastest of some variants."""
