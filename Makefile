@@ -17,7 +17,7 @@ test: $(VENV)/.dev
 test-sglang: $(SGLANG_VENV)/.ready  # the plugin in a real SGLang; its environment is 2.6 GB
 	$(SGLANG_PYTEST) -m "not matrix"
 
-test-sglang-all: $(SGLANG_VENV)/.ready  # every model, strategy and number of ranks: 37 minutes on 2 busy cores
+test-sglang-all: $(SGLANG_VENV)/.ready  # every model, strategy and number of ranks: about 7 minutes on 2 cores
 	$(SGLANG_PYTEST) --timeout 900
 
 check: $(VENV)/.dev
