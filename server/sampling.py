@@ -65,7 +65,7 @@ class SamplingReader:
         return Sampling(
             temperature=self._default(request.temperature, "temperature", 1.0),
             top_p=self._default(request.top_p, "top_p", 1.0),
-            top_k=int(self._default(request.top_k, "top_k", -1)) or -1,
+            top_k=min(int(self._default(request.top_k, "top_k", -1)), self._vocab_size) or -1,
             min_p=self._default(request.min_p, "min_p", 0.0),
             seed=seed,
             presence_penalty=request.presence_penalty or 0.0,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scheduler.request import Draining, FinishReason, GeneratedToken, GenerateRequest, Output, StepReport
 from scheduler.stats import LastChoice, PlanStats, RankStats, Stats
-from sp_backend.commands import TokenLogprob
+from sp_backend.commands import TokenLogprob, encode
 
 NextToken = Callable[[GenerateRequest, int], int]
 
@@ -51,6 +51,7 @@ class FakeClient:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         self.requests.append(request)
+        encode(request.sampling)  # the workers get it
         if self.refusal is not None:
             raise self.refusal
         if self.draining:

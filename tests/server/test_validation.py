@@ -164,6 +164,12 @@ def test_nulls_and_unknown_fields_are_fine(live: Live) -> None:
     assert post(live, CHAT, {**body, "messages": USER, "tools": [], "tool_choice": "auto"}).status_code == 200
 
 
+@pytest.mark.parametrize("top_k", [4032, 2**64, 10**30])
+def test_a_top_k_beyond_the_vocabulary_is_all_of_it(live: Live, top_k: int) -> None:
+    assert post(live, COMPLETIONS, {"prompt": "x", "top_k": top_k}).status_code == 200
+    assert live.client.requests[-1].sampling.top_k == 4032
+
+
 def test_too_long_prompts_say_so_in_words_that_clients_look_for() -> None:
     with live_server(FakeClient(capacity_tokens=100)) as live:
         response = post(live, COMPLETIONS, {"prompt": [5] * 100})
