@@ -10,16 +10,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from functools import cache
 from typing import Final, Literal
 
 import numpy as np
 
-from sp_backend.cost import PlanCost, least_seconds
-from sp_backend.geometry import Geometry, predicted_bytes
+from sp_backend.cost import PlanCost
+from sp_backend.geometry import predicted_bytes
+from sp_backend.layout import Layout
+from sp_backend.least import least_seconds
+from sp_backend.plan import Plan
 from sp_backend.planner import OFF, Batch, Candidate, lay_out
 from sp_backend.shape import ModelShape, Sizes
-from sp_backend.strategies import STRATEGIES, Variant, plan_for, prove, variants
+from sp_backend.strategies import STRATEGIES, Variant, least_of, plan_for, prove, variants
 from sp_backend.topology import Floats, Machine
 
 MOST_RANKS_OF_ALL: Final = 16  # beyond, plans are so large that costing every variant takes minutes
@@ -61,19 +64,26 @@ class Question:
             found = list(dict.fromkeys(Variant(v.strategy, degree=v.degree) for v in found))
         return found if self.forced is None or self.forced in found else [*found, self.forced]
 
-    def cost(self, variant: Variant) -> PlanCost:
-        """Of one prompt alone, its group of ranks is all there is: the others have nothing to do or to send."""
-        shape, group = self.shape, variant.degree if len(self.batch) == 1 else None
-        ranks = group or self.machine.num_ranks
+    def degree(self, variant: Variant) -> int:
+        """Ranks that share a prompt."""
+        return 1 if variant == OFF else variant.degree or self.machine.num_ranks
+
+    def groups(self, variant: Variant) -> int:
+        """Groups of ranks that have a prompt: the others have nothing to do or to send."""
+        return min(self.machine.num_ranks // self.degree(variant), len(self.batch))
+
+    def plan(self, variant: Variant, groups: int) -> Plan:
+        """Of so many groups; not proved."""
+        ranks = groups * self.degree(variant)
         plan = plan_for(
-            variant if group is None else replace(variant, degree=None),
+            replace(variant, degree=None) if groups == 1 else variant,
             num_ranks=ranks,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
+            num_heads=self.shape.num_heads,
+            num_kv_heads=self.shape.num_kv_heads,
             causal=self.causal,
             proven=False,
         )
-        return PlanCost(replace(plan, name=str(variant)), self.machine.first(ranks), shape)
+        return replace(plan, name=str(variant))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,51 +101,62 @@ class Comparison:
     def __init__(self, question: Question) -> None:
         """Raises ValueError if the forced variant does not fit."""
         self.question = question
-        self._costs: dict[Variant, PlanCost] = {}
+        self._costs: dict[tuple[Variant, int], PlanCost] = {}  # by groups
         self.ranked: list[Candidate] = []
         self.bounded: list[Bounded] = []
+        self._first = cache(question.machine.first)
         least = {variant: self._least(variant) for variant in question.candidates()}
         best = math.inf
         for variant in sorted(least, key=least.__getitem__):
-            if not self._needs_costing(variant, least[variant], best):
-                self.bounded.append(Bounded(variant, least[variant], slow=least[variant] <= best))
+            every = question.exhaustive or variant == question.forced
+            bounded = None if every else self._bounded(variant, least[variant], best)
+            if bounded is not None:
+                self.bounded.append(bounded)
                 continue
-            cost = question.cost(variant)
-            geometry = lay_out(cost.plan.layout, question.batch, question.page_size)
-            if not question.exhaustive and variant != question.forced:
-                least[variant] = cost.least_seconds(geometry)[question.whole_step]
-                if least[variant] > best:
-                    self.bounded.append(Bounded(variant, least[variant], slow=False))
-                    continue
-            self._costs[variant] = cost
-            self.ranked.append(self._candidate(variant, cost, geometry))
+            self.ranked.append(self._costed(variant))
             best = min(best, self.seconds(self.ranked[-1]))
         self.ranked.sort(key=self.seconds)
         self.best = self.ranked[0]
         self.shown = next((c for c in self.ranked if c.variant == question.forced), self.best)
         prove(self.shown.plan)
 
-    def _needs_costing(self, variant: Variant, least: float, best: float) -> bool:
+    def _bounded(self, variant: Variant, least: float, best: float) -> Bounded | None:
+        """None: it may be the best, and costing it is quick."""
         question = self.question
-        if question.exhaustive or variant == question.forced:
-            return True
-        return least <= best and question.is_quick(variant)
+        if least > best or not question.is_quick(variant):
+            return Bounded(variant, least, slow=least <= best)
+        group = self._cost(variant, 1)
+        least = group.least_seconds(self._of_groups(variant, group.plan.layout))[question.whole_step]
+        return Bounded(variant, least, slow=False) if least > best else None
+
+    def _cost(self, variant: Variant, groups: int) -> PlanCost:
+        """Of the plan of so many groups, on as many ranks."""
+        if (variant, groups) not in self._costs:
+            plan = self.question.plan(variant, groups)
+            self._costs[variant, groups] = PlanCost(plan, self._first(plan.layout.num_ranks), self.question.shape)
+        return self._costs[variant, groups]
+
+    def _of_groups(self, variant: Variant, layout: Layout) -> Sizes:
+        """What each group of ranks has of the batch, as a batch of its own. layout: of one group."""
+        question, groups = self.question, self.question.groups(variant)
+        if groups > 1:
+            layout = replace(layout, num_ranks=groups * layout.num_ranks, history="own", degree=layout.num_ranks)
+        rows = np.array(lay_out(layout, question.batch, question.page_size).rows)
+        parts = np.split(rows, [layout.num_new], axis=1)  # new chunks and histories, each by group
+        mine = np.concatenate([x.reshape(len(rows), groups, -1) for x in parts], 2).swapaxes(0, 1)
+        return Sizes(mine, np.ones(mine.shape[:2], np.int64))
 
     def _least(self, variant: Variant) -> float:
-        question, page = self.question, self.question.page_size
-        degree = 1 if variant == OFF else variant.degree or question.machine.num_ranks
-        row = STRATEGIES[variant.strategy]
-        chunks = degree * (2 if row.kinds[0] == "zigzag" else 1)
-        attention, step = least_seconds(
+        question = self.question
+        seconds = least_seconds(
             question.machine,
             question.shape,
             question.batch,
-            degree,
+            least_of(variant, question.degree(variant)),
             causal=question.causal,
-            queries=[min(new, ceil(ceil(new / page) / chunks) * page) for new, _ in question.batch],  # of a chunk
-            rounds=row.rounds(degree, variant.options),
+            page_size=question.page_size,
         )
-        return step if question.whole_step else attention
+        return seconds[question.whole_step]
 
     def seconds(self, candidate: Candidate) -> float:
         """What candidates are ranked by."""
@@ -143,7 +164,7 @@ class Comparison:
 
     def machine(self, candidate: Candidate) -> Machine:
         """The ranks that its plan is of."""
-        return self._costs[candidate.variant].machine
+        return self._first(candidate.plan.layout.num_ranks)
 
     def ratio(self, candidate: Candidate) -> float:
         return self.seconds(candidate) / self.seconds(self.best)
@@ -166,11 +187,12 @@ class Comparison:
         """
         question = self.question
         best: dict[str, Floats] = {}
-        variants = [v for v in question.candidates() if v in self._costs or question.is_quick(v)]
+        costed = {c.variant for c in self.ranked}
+        variants = [v for v in question.candidates() if v in costed or question.is_quick(v)]
         for number, variant in enumerate(variants, 1):
             if tell is not None:
                 tell(f"plan {number} of {len(variants)}")
-            cost = self._costs.get(variant) or question.cost(variant)
+            cost = self._cost(variant, question.groups(variant))
             batches = [[(max(1, round(new * s)), cached) for new, cached in question.batch] for s in scales]
             rows = [lay_out(cost.plan.layout, batch, question.page_size).rows for batch in batches]
             times = cost.times(Sizes(np.array(rows, np.int64), np.ones((len(rows), len(question.batch)), np.int64)))
@@ -179,9 +201,11 @@ class Comparison:
             best[name] = np.minimum(best[name], seconds) if name in best else seconds
         return best
 
-    def _candidate(self, variant: Variant, cost: PlanCost, geometry: Geometry) -> Candidate:
-        degree = 1 if variant == OFF else variant.degree or self.question.machine.num_ranks
-        return Candidate(variant, degree, cost.plan, geometry, cost.cost(geometry))
+    def _costed(self, variant: Variant) -> Candidate:
+        question = self.question
+        cost = self._cost(variant, question.groups(variant))
+        geometry = lay_out(cost.plan.layout, question.batch, question.page_size)
+        return Candidate(variant, question.degree(variant), cost.plan, geometry, cost.cost(geometry))
 
 
 @dataclass(frozen=True, slots=True)

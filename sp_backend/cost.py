@@ -6,7 +6,7 @@ batches at once (the last axis of every array), so that a planner's table is che
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,33 +48,6 @@ class Cost:
         return sum(self.link_bytes.values())
 
 
-def least_seconds(
-    machine: Machine,
-    shape: ModelShape,
-    batch: Sequence[tuple[int, int]],
-    degree: int,
-    *,
-    causal: bool = True,
-    queries: Sequence[int] | None = None,
-    rounds: int = 0,
-) -> tuple[float, float]:
-    """What any plan that shares each prompt over `degree` ranks takes at least, for one layer's attention and a whole
-    step: its work, evenly spread, at the best rate that the kernel reaches, and its rounds.
-
-    batch: (new, cached) tokens. queries: of each prompt, the most that are attended at once (None: all). rounds: those
-    in which every rank takes part.
-    """
-    rates, attention = machine.rates, []
-    for (new, cached), most in zip(batch, queries or [new for new, _ in batch], strict=True):
-        pairs = new * (cached + ((new + 1) / 2 if causal else new))
-        attention.append(4 * shape.head_dim * shape.num_heads * pairs / rates.kernel.best_rate(most))
-    dense = [new * shape.dense_flops / rates.dense_flops for new, _ in batch]
-    step = [shape.num_layers * a + d for a, d in zip(attention, dense, strict=True)]
-    attends, steps = (max(max(x) / degree, sum(x) / machine.num_ranks) for x in (attention, step))
-    fixed = rounds * rates.round_seconds
-    return attends + fixed, steps + shape.num_layers * fixed + rates.step_seconds
-
-
 class PlanCost:
     """A plan on a machine. Its structure is worked out once, for any number of batches."""
 
@@ -96,11 +69,13 @@ class PlanCost:
     def _links(self) -> Links:
         return Links(self.machine.topology, self._flow.messages, self._flow.num_rounds)
 
-    def least_seconds(self, geometry: Geometry) -> tuple[float, float]:
-        """One layer's attention and a whole step if no rank ever waited: quicker to tell than what they cost."""
-        work = self._work(Sizes.of(geometry))
+    def least_seconds(self, sizes: Sizes) -> tuple[float, float]:
+        """One layer's attention and a whole step if no rank ever waited, of the batch that takes longest so: quicker to
+        tell than what they cost.
+        """
+        work = self._work(sizes)
         busy = work.busy_seconds(self.machine.num_ranks)
-        return float(busy.max()), float(work.step_seconds(busy)[0])
+        return float(busy.max()), float(work.step_seconds(busy).max())
 
     def times(self, sizes: Sizes) -> Times:
         return self._clock(sizes).run()

@@ -15,7 +15,7 @@ import numpy as np
 
 from sp_backend.calls import CallFinder, Calls, Holdings, Keys, Parts
 from sp_backend.columns import OPERANDS, Columns, Flags, Index, columns_of
-from sp_backend.forms import Forms
+from sp_backend.forms import Forms, forms_of
 from sp_backend.grouping import classes, first_of_each, last_of_each, place_in_run
 from sp_backend.layout import KV, STATE, Layout, Q
 from sp_backend.plan import Plan
@@ -96,7 +96,7 @@ def flow_of(plan: Plan, *, paged: bool = True) -> Flow:
 
 class _Finder:
     def __init__(self, layout: Layout, columns: Columns) -> None:
-        self._layout, self._columns, self._forms = layout, columns, Forms(columns)
+        self._layout, self._columns, self._forms = layout, columns, forms_of(columns)
         t, ranks = columns.transfers, layout.num_ranks
         links, link = classes((t.round.astype(np.int64) * ranks + t.src) * ranks + t.dst)
         order = np.argsort(first_of_each(link))

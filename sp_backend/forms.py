@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,12 @@ class Forms:
             which = np.flatnonzero(column)
             found[: len(which), form] = which
         return found
+
+
+@lru_cache(maxsize=4)
+def forms_of(columns: Columns) -> Forms:
+    """A plan is pruned, costed and proved one after the other, and each needs its forms."""
+    return Forms(columns)
 
 
 def _numbered(*keys: Column) -> list[Column]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sp_backend.columns import columns_of
-from sp_backend.forms import Forms
+from sp_backend.forms import forms_of
 from sp_backend.layout import CAUSAL, KV, STATE, Block, Layout
 from sp_backend.plan import Plan
 
@@ -91,7 +91,7 @@ def block_bytes(layout: Layout, block: Block, rows: int, head_dim: int, itemsize
 def predicted_bytes(plan: Plan, geometry: Geometry, head_dim: int, itemsize: int) -> list[Counter[tuple[int, int]]]:
     """Per round: bytes from rank src to rank dst, by (src, dst)."""
     columns = columns_of(plan)
-    forms, t, ranks = Forms(columns), columns.transfers, plan.layout.num_ranks
+    forms, t, ranks = forms_of(columns), columns.transfers, plan.layout.num_ranks
     rows = [[geometry.num_rows(Block(KV, c, (0, 1), cut)) for c in range(plan.layout.num_chunks)] for cut in forms.cuts]
     width = [block_bytes(plan.layout, forms.block(i, 0), 1, head_dim, itemsize) for i in range(forms.number)]
     size = np.array(rows)[forms.sent_cut, t.chunk] * np.array(width)[forms.transfer]

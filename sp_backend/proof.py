@@ -14,7 +14,7 @@ import numpy as np
 
 from sp_backend.check import Sample, rendezvous
 from sp_backend.columns import OPERANDS, Columns, Rounds, mask_table
-from sp_backend.forms import Forms
+from sp_backend.forms import Forms, forms_of
 from sp_backend.layout import KV, STATE, Layout
 from sp_backend.plan import Plan
 from sp_backend.prune import used
@@ -29,7 +29,7 @@ def is_proven(plan: Plan) -> bool:
     layout, columns = plan.layout, plan.rounds.columns
     if layout.history == "copies" or not _well_formed(layout, columns):
         return False
-    forms = Forms(columns)
+    forms = forms_of(columns)
     if not (_held_when_used(layout, columns, forms) and used(layout, columns).all()):
         return False
     if not (_states_come_home(layout, columns, forms) and _covered(layout, columns, forms)):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from sp_backend.columns import OPERANDS, Attends, Column, Columns, Flags, Rounds, Transfers, columns_of, join, take
-from sp_backend.forms import Forms
+from sp_backend.forms import forms_of
 from sp_backend.layout import KV, STATE, Block, Layout
 from sp_backend.plan import Plan, Round, Transfer
 
@@ -66,7 +66,7 @@ def prune(plan: Plan) -> Plan:
 
 def used(layout: Layout, columns: Columns) -> Flags:
     """[transfers]: whether the receiver attends or passes on some of it in a later round; states always are."""
-    forms, t, a = Forms(columns), columns.transfers, columns.attends
+    forms, t, a = forms_of(columns), columns.transfers, columns.attends
     # something inside that form of a chunk is needed later on that rank
     needed = np.zeros((layout.num_ranks, forms.number, layout.num_chunks), bool)
     live: Flags = t.operand == _STATE
@@ -92,7 +92,7 @@ def used(layout: Layout, columns: Columns) -> Flags:
 
 def _filled(layout: Layout, columns: Columns) -> Flags:
     """[transfers]: false for states of slots that have nothing in them."""
-    forms, t, a = Forms(columns), columns.transfers, columns.attends
+    forms, t, a = forms_of(columns), columns.transfers, columns.attends
     filled = np.zeros((layout.num_ranks, forms.num_heads, layout.num_new), bool)
     live = np.ones(len(t.round), bool)
     for i in range(columns.num_rounds):

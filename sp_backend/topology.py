@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import msgspec
 import numpy as np
@@ -145,7 +145,7 @@ class KernelRates:
         """FLOP/s of full blocks, interpolated over the logarithms of both sides; constant beyond the table."""
         i, u = _place(self.queries, queries)
         j, v = _place(self.keys, keys)
-        table = np.log(np.array(self.full))
+        table = _logs(self.full)
         below = table[i, j] * (1 - v) + table[i, np.minimum(j + 1, len(self.keys) - 1)] * v
         up = np.minimum(i + 1, len(self.queries) - 1)
         above = table[up, j] * (1 - v) + table[up, np.minimum(j + 1, len(self.keys) - 1)] * v
@@ -153,13 +153,18 @@ class KernelRates:
 
     def best_rate(self, queries: int) -> float:
         """FLOP/s that no block of at most so many queries exceeds."""
-        fewer = [n for n in self.queries if n < queries]
-        return float(max(max(self.full_rate(n, self.keys).max(), self.causal_rate(n)) for n in (*fewer, queries)))
+        tried = np.array([*(n for n in self.queries if n < queries), queries])
+        return float(max(self.full_rate(tried[:, None], self.keys).max(), self.causal_rate(tried).max()))
 
     def causal_rate(self, queries: ArrayLike) -> Floats:
         """FLOP/s of causal blocks on the diagonal."""
         logs = np.interp(np.log(np.maximum(queries, 1)), np.log(self.queries), np.log(self.causal))
         return np.asarray(np.exp(logs))
+
+
+@lru_cache(maxsize=16)
+def _logs(rates: tuple[tuple[float, ...], ...]) -> Floats:
+    return np.asarray(np.log(rates))
 
 
 def _place(axis: tuple[int, ...], values: ArrayLike) -> tuple[NDArray[np.intp], Floats]:

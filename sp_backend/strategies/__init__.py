@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from sp_backend.check import check
 from sp_backend.layout import History, Kind, Layout
+from sp_backend.least import Least
 from sp_backend.plan import Plan, PlanError
 from sp_backend.proof import is_proven
 from sp_backend.prune import complete, prune, replicate
@@ -89,7 +90,19 @@ class Strategy:
     history: History = "all"
     layout: str | None = None  # the server's layout in which it can be asked for; None: chosen by the scheduler alone
     quick_ranks: int = 1024  # of more ranks, plans have so many instructions that costing one takes seconds
-    rounds: Callable[[int, Options], int] = lambda num_ranks, options: num_ranks  # at least, in which all take part
+    # what a bound on a plan's time counts, of a number of ranks; see least.py
+    calls: Callable[[int, Options], int] = lambda num_ranks, options: num_ranks
+    more_rounds: int = 0  # than calls
+    sharers: Callable[[int, Options], int] = lambda num_ranks, options: 1
+
+
+def _all(num_ranks: int, options: Options) -> int:
+    return num_ranks
+
+
+def _team(num_ranks: int, options: Options) -> int:
+    """Ranks of hybrid that trade heads."""
+    return options.ulysses_degree or ulysses.nearest_root(num_ranks)
 
 
 SPREAD: tuple[Kind, ...] = ("zigzag", "contiguous")
@@ -97,8 +110,8 @@ STRATEGIES: dict[str, Strategy] = {
     "ring_pass_kv": Strategy(ring_pass_kv.build_down, SPREAD, layout="tokens"),
     "ring_pass_kv_up": Strategy(ring_pass_kv.build_up, SPREAD, layout="tokens"),
     "ring_pass_kv_both": Strategy(ring_pass_kv.build_both, SPREAD, layout="tokens"),
-    "ring_pass_q": Strategy(ring_pass_q.build, SPREAD, layout="tokens", rounds=lambda n, _: n + 1),
-    "token_ring": Strategy(token_ring.build, SPREAD, layout="tokens", rounds=lambda n, _: n + 1),
+    "ring_pass_q": Strategy(ring_pass_q.build, SPREAD, layout="tokens", more_rounds=1, sharers=_all),
+    "token_ring": Strategy(token_ring.build, SPREAD, layout="tokens", more_rounds=1, sharers=_all),
     "hamilton": Strategy(
         hamilton.build,
         SPREAD,
@@ -106,10 +119,18 @@ STRATEGIES: dict[str, Strategy] = {
         hamilton.ring_counts,
         layout="tokens",
         quick_ranks=32,
+        calls=lambda n, options: hamilton.least_rounds(n, options.num_rings),
     ),
-    "all_gather_kv": Strategy(all_gather_kv.build, SPREAD, layout="tokens", rounds=lambda n, _: 2),
+    "all_gather_kv": Strategy(all_gather_kv.build, SPREAD, layout="tokens", calls=lambda n, _: min(n, 2)),
     "ulysses": Strategy(
-        ulysses.build, SPREAD, useful=ulysses.fits, layout="tokens", quick_ranks=32, rounds=lambda n, _: 3
+        ulysses.build,
+        SPREAD,
+        useful=ulysses.fits,
+        layout="tokens",
+        quick_ranks=32,
+        calls=lambda n, _: 1,
+        more_rounds=2,
+        sharers=_all,
     ),
     "hybrid": Strategy(
         ulysses.build_hybrid,
@@ -117,12 +138,16 @@ STRATEGIES: dict[str, Strategy] = {
         ("ulysses_degree", "ring_inside"),
         ulysses.hybrids,
         layout="tokens",
-        rounds=lambda n, options: n // (options.ulysses_degree or ulysses.nearest_root(n)) + 2,
+        calls=lambda n, options: n // _team(n, options),
+        more_rounds=2,
+        sharers=_team,
     ),
     "double_ring": Strategy(double_ring.build, SPREAD, ("window_size",), double_ring.windows, layout="tokens"),
-    "sharded_q": Strategy(sharded_q.build, ("heads",), useful=sharded_q.fits, layout="heads"),
-    "decode": Strategy(decode.build, ("home", "heads"), rounds=lambda n, _: 2),
-    "local": Strategy(local.build, ("home",), history="own", rounds=lambda n, _: 1),
+    "sharded_q": Strategy(
+        sharded_q.build, ("heads",), useful=sharded_q.fits, layout="heads", calls=lambda n, _: 1, sharers=_all
+    ),
+    "decode": Strategy(decode.build, ("home", "heads"), calls=lambda n, _: 1, sharers=_all),
+    "local": Strategy(local.build, ("home",), history="own", calls=lambda n, _: 1),
 }
 
 
@@ -164,14 +189,14 @@ def _proven(variant: Variant, layout: Layout) -> Plan:
 @lru_cache(maxsize=1024)
 def _plan(variant: Variant, layout: Layout) -> Plan:
     """layout: of one group of all ranks, which a degree cuts."""
-    row = STRATEGIES[variant.strategy]
-    options = {name: getattr(variant.options, name) for name in row.takes}
     if variant.degree is None or variant.degree == layout.group_size:
-        plan = complete(row.build(layout, **options))
+        row = STRATEGIES[variant.strategy]
+        options = {name: getattr(variant.options, name) for name in row.takes}
+        plan = prune(complete(row.build(layout, **options)))
     else:
         groups = replace(layout, history="own", degree=variant.degree)  # refuses a degree that does not fit
-        plan = replicate(row.build(replace(layout, num_ranks=variant.degree), **options), groups)
-    return replace(prune(plan), name=str(variant))
+        plan = replicate(_plan(replace(variant, degree=None), replace(layout, num_ranks=variant.degree)), groups)
+    return replace(plan, name=str(variant))
 
 
 def _row(variant: Variant) -> Strategy:
@@ -187,6 +212,19 @@ def _row(variant: Variant) -> Strategy:
             takers = ", ".join(n for n, s in STRATEGIES.items() if name in s.takes)
             raise ValueError(f"{name}{flag} is not an option of strategy {variant.strategy}; it is one of: {takers}")
     return strategy
+
+
+def least_of(variant: Variant, degree: int) -> Least:
+    """What its plans do at least, of groups of `degree` ranks."""
+    row = STRATEGIES[variant.strategy]
+    calls = row.calls(degree, variant.options)
+    return Least(
+        degree=degree,
+        chunks=degree * (2 if row.kinds[0] == "zigzag" else 1),
+        rounds=calls + row.more_rounds,
+        calls=calls,
+        sharers=row.sharers(degree, variant.options),
+    )
 
 
 def variants(num_ranks: int, num_heads: int, layout: Literal["tokens", "heads"] = "tokens") -> list[Variant]:

@@ -50,6 +50,11 @@ def build(
     return Plan("hamilton", layout, draft.rounds())
 
 
+def least_rounds(num_ranks: int, num_rings: int | None) -> int:
+    """Of build: a ring takes as many as there are ranks, pieces that go straight to all others one more than pieces."""
+    return min(num_ranks, 1 + (num_rings or min(num_ranks - 1, _MOST_BY_DEFAULT)))
+
+
 def ring_counts(num_ranks: int, num_heads: int) -> Iterator[dict[str, int]]:
     """Options worth trying: powers of two, all rings, and nodes of every size."""
     counts = {n for n in (2, 4, 8, min(num_ranks - 1, _MOST_BY_DEFAULT)) if 2 <= n < num_ranks}

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from sp_backend.cost import Cost, PlanCost, least_seconds
+from sp_backend.cost import Cost, PlanCost
 from sp_backend.geometry import predicted_bytes
+from sp_backend.least import least_seconds
 from sp_backend.planner import OFF, lay_out
 from sp_backend.presets import preset
-from sp_backend.shape import ModelShape
-from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for, variants
+from sp_backend.shape import ModelShape, Sizes
+from sp_backend.strategies import Options, Variant, least_of, plan_for, variants
 from sp_backend.topology import Machine
 from tests.sp_backend.machines import BANDWIDTH, FLOPS, IDEAL, LLAMA_70B, MHA, mesh, one, plan_of, switch
 
@@ -158,19 +159,18 @@ def test_a_machine_of_another_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize("topology", ["nvlink4-4", "pcie4-3", "2xnvlink4-4/nic400", "nic200-16"])
-@pytest.mark.parametrize("batch", [[(4096, 0)], [(100, 20000)], [(300, 5), (7000, 0), (64, 9000)]])
-@pytest.mark.parametrize("causal", [True, False])
-def test_no_plan_takes_less_than_the_least(topology: str, batch: list[tuple[int, int]], causal: bool) -> None:
+@pytest.mark.parametrize("batch", [[(4096, 0)], [(100, 20000)], [(7, 3)], [(300, 5), (7000, 0), (64, 9000)]])
+@pytest.mark.parametrize(("causal", "page_size"), [(True, 64), (True, 1), (False, 16)])
+def test_no_plan_takes_less_than_the_least(
+    topology: str, batch: list[tuple[int, int]], causal: bool, page_size: int
+) -> None:
     machine, shape = preset(topology), LLAMA_70B
     ranks, heads = machine.num_ranks, shape.num_heads
     for variant in [OFF, *variants(ranks, heads), *variants(ranks, heads, "heads")]:
         plan = plan_for(variant, num_ranks=ranks, num_heads=heads, num_kv_heads=8, causal=causal, proven=False)
-        found = PlanCost(plan, machine, shape).cost(lay_out(plan.layout, batch))
-        degree = 1 if variant == OFF else variant.degree or ranks
-        rounds = STRATEGIES[variant.strategy].rounds(degree, variant.options)
-        chunks = plan.layout.num_new // plan.layout.num_groups
-        queries = [-(-new // (1 if variant == OFF else chunks)) for new, _ in batch]
-        attention, step = least_seconds(machine, shape, batch, degree, causal=causal, queries=queries, rounds=rounds)
-        assert attention <= found.seconds and step <= found.step_seconds
-        busy, busy_step = PlanCost(plan, machine, shape).least_seconds(lay_out(plan.layout, batch))
+        geometry, cost_of = lay_out(plan.layout, batch, page_size), PlanCost(plan, machine, shape)
+        found = cost_of.cost(geometry)
+        of = least_of(variant, 1 if variant == OFF else variant.degree or ranks)
+        attention, step = least_seconds(machine, shape, batch, of, causal=causal, page_size=page_size)
+        busy, busy_step = cost_of.least_seconds(Sizes.of(geometry))
         assert attention <= busy <= found.seconds * (1 + 1e-9) and step <= busy_step <= found.step_seconds * (1 + 1e-9)

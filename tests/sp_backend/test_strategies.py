@@ -8,7 +8,7 @@ from sp_backend.check import check
 from sp_backend.geometry import Geometry, predicted_bytes, query_key_pairs, visible_pairs
 from sp_backend.layout import KV, STATE, Kind, Layout, Q
 from sp_backend.plan import Plan, PlanError, Round
-from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for, prove, variants
+from sp_backend.strategies import STRATEGIES, Options, Variant, least_of, plan_for, prove, variants
 
 CASES: list[tuple[str, Kind, bool]] = [
     (name, kind, redundant)
@@ -286,4 +286,9 @@ def test_every_rank_takes_part_in_the_rounds_that_bounds_on_its_time_count(num_r
         degree = 1 if variant.strategy == "local" else variant.degree or num_ranks
         for rank in range(num_ranks):
             busy = sum(any(part) for part in plan.for_rank(rank))
-            assert busy >= STRATEGIES[variant.strategy].rounds(degree, variant.options), f"{variant} on rank {rank}"
+            assert busy >= least_of(variant, degree).rounds, f"{variant} on rank {rank}"
+
+
+def test_where_rings_are_too_few_hamilton_takes_as_few_rounds_as_pieces() -> None:
+    plan = plan_for("hamilton", num_ranks=30, num_heads=24, num_kv_heads=8, proven=False)
+    assert len(plan.rounds) == least_of(Variant("hamilton"), 30).rounds == 16
