@@ -8,7 +8,6 @@ turn. Streams of a long context share all of it but their last tokens; each read
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import statistics
 import sys
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.command import parser_of, write_results
 from benchmarks.launched import LaunchedServer
-from benchmarks.streams import SETTLE, inter_token_seconds, stream
+from benchmarks.streams import SETTLE, inter_token_seconds, read_streams
 from scheduler.controller import Controller
 from scheduler.request import GenerateRequest
 from scheduler.worker_pool import WorkerPool
@@ -63,7 +62,7 @@ def measure(server_args: Sequence[str], args: argparse.Namespace) -> Times:
         for _, (context, n) in tqdm([(r, case) for r in range(args.rounds) for case in cases], desc="Cases"):
             prefix, prompts = make_prompts(context, n, vocab_size)
             times[context, n][BARE].append(bare.inter_token_seconds(prefix, prompts, args.tokens))
-            asyncio.run(stream(server.port, prefix, 1))
+            read_streams(server.port, [prefix], 1)
             times[context, n][SERVED].append(inter_token_seconds(server.port, prompts, args.tokens))
     return times
 

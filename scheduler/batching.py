@@ -16,10 +16,11 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from scheduler.config import SchedulerConfig
@@ -256,7 +257,7 @@ class Batcher:
         self.counters.cached_tokens += sequence.cached_tokens
         num_states = sequence.num_prompt if sequence.request.pooling == "mean" else 1
         embedding = np.asarray(sequence.pooled / num_states, np.float32)
-        return replace(self._finish(sequence, FinishReason.STOP), embedding=embedding)
+        return msgspec.structs.replace(self._finish(sequence, FinishReason.STOP), embedding=embedding)
 
     def _finish(
         self,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from scheduler.sequence import Chunk
 from sp_backend.commands import LOCAL
@@ -73,7 +75,7 @@ class PlanChooser:
         for chunk in chunks:
             batches[chunk.plan or len(chunk.home)].append((chunk.num_new, chunk.start))
         choices = {key: self._choose(key, batch) for key, batch in batches.items()}
-        planned = [c if c.plan else replace(c, plan=choices[len(c.home)].plan) for c in chunks]
+        planned = [c if c.plan else msgspec.structs.replace(c, plan=choices[len(c.home)].plan) for c in chunks]
         return planned, tuple(choices.values())
 
     def _choose(self, key: str | int, batch: Sequence[tuple[int, int]]) -> PlanChoice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -100,8 +101,7 @@ class Sequence:
         self.num_stays += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """A sequence's part of a step: `num_new` tokens after `start` computed ones."""
 
     sequence: Sequence

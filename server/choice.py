@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+import msgspec
 
 from scheduler.request import GeneratedToken, Output, StepReport
 from server.stopping import StopStrings
 from server.tokenizer import Detokenizer, Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class TokenText:
+class TokenText(msgspec.Struct, frozen=True, gc=False):
     """A generated token with the offset of its text in the completion."""
 
     generated: GeneratedToken
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """What became certain since the previous one."""
 
     index: int  # of the choice within the response
     text: str = ""
-    tokens: list[TokenText] = field(default_factory=list)
+    tokens: list[TokenText] = []
     num_tokens: int = 0  # generated so far, those without text included
     cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string or token that ended it
-    steps: list[StepReport] = field(default_factory=list)  # with the last one, if they were asked for
-    prompt: list[GeneratedToken] = field(default_factory=list)  # all but its first token, once, if asked for
+    steps: list[StepReport] = []  # with the last one, if they were asked for
+    prompt: list[GeneratedToken] = []  # all but its first token, once, if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Choice:
 
     def add(self, output: Output) -> Delta:
         """A delta with `finish_reason` is the last one, whether `output` was or a stop string was found."""
-        return replace(self._add(output), prompt=output.prompt) if output.prompt else self._add(output)
+        return msgspec.structs.replace(self._add(output), prompt=output.prompt) if output.prompt else self._add(output)
 
     def _add(self, output: Output) -> Delta:
         self._cached_tokens = max(self._cached_tokens, output.cached_tokens)

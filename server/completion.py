@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
+
+import msgspec
 
 from scheduler.request import GeneratedToken
 from server.choice import Delta, TokenText
@@ -120,7 +122,7 @@ class CompletionFormat:
     def _after_echo(self, index: int, tokens: list[TokenText]) -> list[TokenText]:
         """Offsets count from the start of the whole text."""
         shift = len(self._echo(index)) if self._logprobs else 0
-        return [replace(token, offset=token.offset + shift) for token in tokens] if shift else tokens
+        return [msgspec.structs.replace(token, offset=token.offset + shift) for token in tokens] if shift else tokens
 
     def _logprobs_json(self, tokens: list[TokenText]) -> dict[str, Any] | None:
         if not self._logprobs:

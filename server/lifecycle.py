@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -88,6 +89,8 @@ class _Lifecycle:
             except Exception as error:
                 self._fail(f"the warm-up request failed: {str(error) or type(error).__name__}")
                 return
+        gc.collect()
+        gc.freeze()  # a full collection over all that was imported would stop the controller and every stream for 40 ms
         if self._service.phase is Phase.STARTING:
             self._service.phase = Phase.READY
             self._announce()

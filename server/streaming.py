@@ -71,6 +71,7 @@ class EventStream(Response):
         try:
             async with aclosing(_with_keepalive(self._events, self._keepalive)) as events:
                 async for data in events:
+                    await asyncio.sleep(0)  # all streams' events first, then all writes: a local reader wakes up less
                     if not started:
                         await self._start(send)
                         started = True
