@@ -13,6 +13,7 @@ from starlette.responses import Response
 from server import control
 from server.completion import Writer
 from server.errors import ApiError, internal, model_not_found
+from server.generate import GenerateBody, GenerateWriter
 from server.middleware import Auth, RequestId
 from server.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest, json_schema
 from server.requests import read_json
@@ -22,18 +23,20 @@ from server.streaming import ClientGone, EventStream, until_disconnect
 from server.version import VERSION
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
+native = APIRouter(tags=["SGLang"])
 
 
 def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="sp-serve", version=VERSION, openapi_url="/openapi.json")
     app.state.service = service
     app.include_router(router)
+    app.include_router(native)
     app.include_router(control.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _bug)
-    _describe_bodies(app, CompletionRequest, ChatRequest, EmbeddingRequest)
+    _describe_bodies(app, CompletionRequest, ChatRequest, EmbeddingRequest, GenerateBody)
     if service.config.http.api_key is not None:
         app.add_middleware(Auth, api_key=service.config.http.api_key)
     app.add_middleware(
@@ -78,6 +81,14 @@ async def chat_completions(request: Request) -> Response:
     return await _answer(request, await service.jobs.chat(body, _explain(request)), bool(body.stream))
 
 
+@native.post("/generate", openapi_extra=_body(GenerateBody))
+async def generate(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = await read_json(request, GenerateBody)
+    service.check_taking_requests()
+    return await _answer(request, await service.jobs.generate(body, _explain(request)), bool(body.stream))
+
+
 @router.post("/embeddings", openapi_extra=_body(EmbeddingRequest))
 async def embeddings(request: Request) -> Response:
     service: Service = request.app.state.service
@@ -94,7 +105,7 @@ def _explain(request: Request) -> bool:
     return request.headers.get("x-sp-explain", "0").strip().lower() not in ("", "0", "false")
 
 
-async def _answer(request: Request, writer: Writer, stream: bool) -> Response:
+async def _answer(request: Request, writer: Writer | GenerateWriter, stream: bool) -> Response:
     service: Service = request.app.state.service
     deltas = service.generator.run(writer.job)
     if stream:

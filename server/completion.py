@@ -130,7 +130,7 @@ class CompletionFormat:
         name = self._tokenizer.token_text
         return {
             "tokens": [name(token.generated.token) for token in tokens],
-            "token_logprobs": [_finite(token.generated.logprob) for token in tokens],
+            "token_logprobs": [finite(token.generated.logprob) for token in tokens],
             "top_logprobs": [self._alternatives(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
@@ -177,7 +177,7 @@ class ChatFormat:
 
     def _candidate(self, token: int, logprob: float | None) -> dict[str, Any]:
         data = self._tokenizer.token_bytes(token)
-        return {"token": self._tokenizer.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
+        return {"token": self._tokenizer.token_text(token), "logprob": finite(logprob), "bytes": list(data)}
 
 
 def _ending(delta: Delta) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _explained(delta: Delta) -> dict[str, Any]:
     return {"index": delta.index, "steps": [asdict(step) for step in delta.steps]}
 
 
-def _finite(logprob: float | None) -> float | None:
+def finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 

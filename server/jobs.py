@@ -12,7 +12,8 @@ import msgspec
 from server.chat_template import ChatTemplate
 from server.completion import ChatFormat, CompletionFormat, Echo, Format, Writer
 from server.config import ServerConfig
-from server.errors import invalid, model_not_found, too_long
+from server.errors import ApiError, invalid, model_not_found, too_long
+from server.generate import DEFAULT_MAX_NEW_TOKENS, GenerateBody, GenerateWriter, SamplingParams, in_its_words
 from server.generation import Job
 from server.openai_types import ChatRequest, CompletionRequest, Message, SamplingFields
 from server.prompts import PromptReader, in_thread_if_long
@@ -39,7 +40,7 @@ class JobReader:
         self._max_request_tokens = max_request_tokens
         vocab_size = config.model.vocab_size
         self._has_eos = bool(config.model.eos_ids)
-        self._prompts = PromptReader(tokenizer, vocab_size)
+        self._prompts = {field: PromptReader(tokenizer, vocab_size, field) for field in ("prompt", "text", "input_ids")}
         self._sampling = SamplingReader(vocab_size, config.model.eos_ids, config.text.sampling_defaults)
 
     async def completion(self, body: CompletionRequest, explain: bool = False) -> Writer:
@@ -49,15 +50,34 @@ class JobReader:
         if body.suffix:
             raise invalid("suffix is not supported.", "suffix")
         decoding = await self._decoding(body, body.logprobs, body.max_tokens)
-        prompts = await self._prompts.read(body.prompt)
+        prompts = await self._prompts["prompt"].read(body.prompt)
         default = max(DEFAULT_MAX_TOKENS, decoding.min_tokens)
-        job = self._job("cmpl", body, [prompt.ids for prompt in prompts], decoding, default, explain)
+        job = self._job("cmpl", body.rid, [prompt.ids for prompt in prompts], decoding, default, explain)
         echoes: list[Echo] = []
         if body.echo:
             job = replace(job, prompt_logprobs=body.logprobs)
             echoes = [Echo(prompt.ids, prompt.text or self._tokenizer.decode(prompt.ids)) for prompt in prompts]
         style = CompletionFormat(self._tokenizer, echoes, decoding.n, body.logprobs is not None)
         return self._writer(job, body, style)
+
+    async def generate(self, body: GenerateBody, explain: bool = False) -> GenerateWriter:
+        self._check_generates(None)
+        field = body.prompt_field
+        prompts = await self._prompts[field].read(getattr(body, field))
+        params = (body.sampling_params or SamplingParams()).fields()
+        try:
+            decoding = await self._decoding(params, body.num_top, params.max_tokens)
+            default = max(DEFAULT_MAX_NEW_TOKENS, decoding.min_tokens)
+            ids = [prompt.ids for prompt in prompts]
+            job = self._job("gen", body.rid, ids, decoding, default, explain)
+        except ApiError as error:
+            raise in_its_words(error) from None
+        if body.scored_from is not None:
+            job = replace(job, prompt_logprobs=body.num_top)
+        text = replace(decoding.text, logprobs=body.num_top or 0)  # the answer has the ids of all tokens
+        job = replace(job, decoding=replace(decoding, text=text))
+        names = bool(body.return_text_in_logprobs)
+        return GenerateWriter(job, self._tokenizer, bool(body.return_logprob), body.scored_from, names)
 
     async def chat(self, body: ChatRequest, explain: bool = False) -> Writer:
         self._check_generates(body.model)
@@ -73,7 +93,7 @@ class JobReader:
             continue_final_message=bool(body.continue_final_message),
             variables=body.chat_template_kwargs,
         )
-        job = self._job("chatcmpl", body, [ids], decoding, None, explain)
+        job = self._job("chatcmpl", body.rid, [ids], decoding, None, explain)
         return self._writer(job, body, ChatFormat(self._tokenizer, bool(body.logprobs)))
 
     async def chat_ids(self, messages: list[Message], **options: Any) -> list[int]:
@@ -107,7 +127,7 @@ class JobReader:
     def _job(
         self,
         kind: str,
-        body: SamplingFields,
+        rid: str | None,
         prompts: list[list[int]],
         decoding: Decoding,
         default: int | None,
@@ -121,7 +141,7 @@ class JobReader:
             prompts=prompts,
             decoding=decoding,
             max_tokens=[_max_tokens(len(prompt), decoding, default, fits) for prompt in prompts],
-            rid=body.rid,
+            rid=rid,
             explain=explain,
         )
 

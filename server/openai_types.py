@@ -23,7 +23,7 @@ PROMPT_SCHEMA = {
         {"type": "array", "items": TOKEN_IDS},
     ]
 }
-RAW_FIELDS = {"prompt", "input"}
+RAW_FIELDS = {"prompt", "input", "text", "input_ids"}
 NonNegative = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]

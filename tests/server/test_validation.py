@@ -14,6 +14,7 @@ from tests.server.fake_client import FakeClient
 from tests.server.live import Live, live_server
 
 COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
+GENERATE = "/generate"
 HTTP = httpx.Client(timeout=20)
 USER = [{"role": "user", "content": "x"}]
 
@@ -200,14 +201,18 @@ FIELDS = (
     "stop_token_ids ignore_eos presence_penalty repetition_penalty logit_bias logprobs top_logprobs echo best_of "
     "stream stream_options response_format json_schema regex ebnf structured_outputs rid user tools tool_choice "
     "chat_template_kwargs continue_final_message "
-    "input encoding_format dimensions"
+    "input encoding_format dimensions "
+    "text input_ids sampling_params return_logprob logprob_start_len top_logprobs_num"
 ).split()
 
 
-@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.sampled_from([COMPLETIONS, CHAT, EMBEDDINGS]))
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
+    st.sampled_from([COMPLETIONS, CHAT, EMBEDDINGS, GENERATE]),
+)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_body_makes_a_server_error(live: Live, fields: dict[str, Any], path: str) -> None:
-    body = {"prompt": "x", "messages": USER, "input": "x", "max_tokens": 1, **fields}
+    body = {"prompt": "x", "messages": USER, "input": "x", "text": "x", "max_tokens": 1, **fields}
     response = post(live, path, body)
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
