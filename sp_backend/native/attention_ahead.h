@@ -23,40 +23,47 @@ struct Block {
 template <int Keys>
 class Ahead {
  public:
-  Ahead(const Problem& p, int64_t bytes) : stride_(p.kv.head), runs_(p.heads.back().k + 1), bytes_(bytes) {
-    if (stride_ == bytes) bytes_ *= std::exchange(runs_, 1);
+  Ahead(const Problem& p, int64_t head_bytes) {
+    first_ = p.heads.front().k * p.kv.head;
+    bytes_ = p.heads.back().k * p.kv.head + head_bytes - first_;
+    if (p.kv.value == bytes_) bytes_ *= 2, runs_ = 1;
     asked_.fill(p.kv.data);
   }
 
   void start(const Block<Keys>& block) {
     block_ = &block;
-    row_ = run_ = 0;
+    run_ = 0;
     at_ = end_ = nullptr;
   }
 
-  template <int N>
+  // Two lines at a time.
+  template <int Lines>
   [[gnu::always_inline]] void ask() {
-    for (int i = 0; i < N; i++, at_ += 64) {
+    static_assert(Lines % 2 == 0);
+    for (int i = 0; i < Lines; i += 2) {
       if (at_ >= end_ && !next_run()) return;
-      const char* before = std::exchange(asked_[count_++ % asked_.size()], at_);
-      _mm_prefetch(at_, _MM_HINT_T1);
-      _mm_prefetch(before, _MM_HINT_T1);
+      const char *at = at_, *before = std::exchange(asked_[count_++ % asked_.size()], at);
+      at_ = at + 128;
+      for (const char* pair : {at, before}) {
+        _mm_prefetch(pair, _MM_HINT_T1);
+        _mm_prefetch(pair + 64, _MM_HINT_T1);
+      }
     }
   }
 
  private:
   [[gnu::noinline]] bool next_run() {
-    if (row_ == 2 * Keys) return false;
-    at_ = (row_ % 2 ? block_->value : block_->key)[row_ / 2] + run_ * stride_;
+    if (run_ == runs_ * Keys) return false;
+    at_ = (run_ % runs_ ? block_->value : block_->key)[run_ / runs_] + first_;
     end_ = at_ + bytes_;
-    if (++run_ == runs_) run_ = 0, row_++;
+    run_++;
     return true;
   }
 
   const Block<Keys>* block_ = nullptr;
-  int64_t stride_, runs_, bytes_, row_ = 0, run_ = 0;  // runs of bytes in each key's row and each value's
+  int64_t first_, bytes_, runs_ = 2, run_ = 0;  // runs of bytes of each key: its own and its value's, or one for both
   const char *at_ = nullptr, *end_ = nullptr;
-  std::array<const char*, 128> asked_;
+  std::array<const char*, 64> asked_;
   uint64_t count_ = 0;
 };
 

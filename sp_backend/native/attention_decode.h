@@ -9,9 +9,10 @@
 
 namespace {
 
-constexpr int64_t kFewRows = 32;      // of queries x heads of a group
-constexpr int kMostKeys = 32;         // of a block; see `attend_part`
-constexpr int64_t kSplitKeys = 1024;  // the fewest worth a thread of their own
+constexpr int64_t kFewRows = 32;            // of queries x heads of a group
+constexpr int kMostKeys = 64;               // of a block; see `attend_part`
+constexpr int64_t kBlockBytes = 256 << 10;  // so that this block and the next leave half of an L2 of 1 MiB
+constexpr int64_t kSplitKeys = 1024;        // the fewest worth a thread of their own
 
 __m512 dot(__m512 sum, __m512i a, __m512i b, BFloat16) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 __m512 dot(__m512 sum, __m512i a, __m512i b, float) {
@@ -42,35 +43,44 @@ void by_rows(int64_t rows, const F& f) {
 }
 
 // q [R, width in words] x keys: for each row and four keys, a vector of four sums for each key, to be added up in
-// `sum_quarters`. Of every 16 keys, vector n has keys n, n + 4, n + 8, n + 12.
+// `sum_quarters`. Of every 16 keys, vector n has keys n, n + 4, n + 8, n + 12. Two vectors at a time share what is read
+// of q.
 template <class T, bool Whole, bool First, int R, int Keys>
 void multiply_keys(const int32_t* q, int64_t width, const Block<Keys>& block, int64_t offset, int64_t dim, float* sums,
                    Ahead<Keys>& ahead) {
   constexpr int kSums = R >= 4 ? 1 : 4 / R;  // of a row: enough in flight to hide the time that a product takes
-  for (int64_t n = 0; n < Keys / 4; n++) {
+  for (int64_t n = 0; n < Keys / 4; n += 2) {
     const char* const* key = block.key + n / 4 * 16 + n % 4;
-    __m512 sum[R][kSums];
-    for (auto& row : sum)
-      for (auto& x : row) x = _mm512_setzero_ps();
+    __m512 sum[2][R][kSums];
+    for (auto& vector : sum)
+      for (auto& row : vector)
+        for (auto& x : row) x = _mm512_setzero_ps();
     for (int64_t w = 0; w < width; w += 16) {
       const __mmask16 mask = Whole ? 0xffff : lanes(0, {0, words<T>(dim) - w});
-      __m512i k[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) k[i] = _mm512_maskz_loadu_epi32(mask, key[4 * i] + offset + 4 * w);
-      if constexpr (First) ahead.template ask<4>();
-      transpose_quarters(k);
+      __m512i k[2][4];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) k[i % 2][i / 2] = _mm512_maskz_loadu_epi32(mask, key[i / 2 * 4 + i % 2] + offset + 4 * w);
+      if constexpr (First) ahead.template ask<8>();
+      transpose_quarters(k[0]);
+      transpose_quarters(k[1]);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
           const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q + r * width + w + 4 * i));
-          sum[r][i % kSums] = dot(sum[r][i % kSums], k[i], _mm512_broadcast_i32x4(part), T());
+          const __m512i x = _mm512_broadcast_i32x4(part);
+          sum[0][r][i % kSums] = dot(sum[0][r][i % kSums], k[0][i], x, T());
+          sum[1][r][i % kSums] = dot(sum[1][r][i % kSums], k[1][i], x, T());
         }
       }
     }
     for (int r = 0; r < R; r++) {
-      for (int i = 1; i < kSums; i++) sum[r][0] = _mm512_add_ps(sum[r][0], sum[r][i]);
-      _mm512_storeu_ps(sums + (r * Keys + 4 * n) * 4, sum[r][0]);
+      for (int i = 1; i < kSums; i++) {
+        sum[0][r][0] = _mm512_add_ps(sum[0][r][0], sum[0][r][i]);
+        sum[1][r][0] = _mm512_add_ps(sum[1][r][0], sum[1][r][i]);
+      }
+      _mm512_storeu_ps(sums + (r * Keys + 4 * n) * 4, sum[0][r][0]);
+      _mm512_storeu_ps(sums + (r * Keys + 4 * n + 4) * 4, sum[1][r][0]);
     }
   }
 }
@@ -266,13 +276,13 @@ struct Part {  // of a span's keys
   float* result;  // [queries, heads, dim + 1] for out and lse; null: put in its place
 };
 
-// Blocks of 32 keys load and store the running output half as often, which pays from 4 rows that share a KV head; 8 rows
-// compute for so long that it is hidden.
+// Large blocks load and store the running output less often, which pays from 4 rows that share a KV head.
 template <class T, class F>
 void attend_part(const Problem& p, const Part& part, const F& keep) {
   const auto attend = [&]<bool Whole, int Keys>() { Decode<T, Whole, Keys>(p, *part.span, part.keys).results(keep); };
   const int64_t rows = p.heads[0].group * part.span->queries();
-  const bool large = rows >= 4 && rows < 8;
+  const int64_t key_bytes = 2 * (p.heads.back().k - p.heads.front().k + 1) * p.dim * sizeof(T);
+  const bool large = rows >= 4 && kMostKeys * key_bytes <= kBlockBytes;
   if (p.dim % 32) {
     large ? attend.template operator()<false, kMostKeys>() : attend.template operator()<false, 16>();
   } else {
