@@ -22,6 +22,7 @@ from sp_backend.kernels import Kernel
 from sp_backend.kv_cache import Rows
 from sp_backend.layout import KV, STATE, Block, Q
 from sp_backend.messages import Arrival, ArrivingState, Leaving, view_of_rows, view_of_state
+from sp_backend.pieces import MOST_HISTORY, moves_history
 from sp_backend.plan import Plan
 from sp_backend.schedule import Envelope, KernelCall, Schedule, ScheduleBuilder, Section, Slice
 from sp_backend.slots import Slots
@@ -59,8 +60,11 @@ class Executor:
         device: torch.device | str = "cpu",
         pool: BufferPool | None = None,
         overlap: bool = True,
+        most_history: int = MOST_HISTORY,
     ) -> None:
-        """overlap: False waits for a round's transfers before its attends, to see what hiding them is worth."""
+        """overlap: False waits for a round's transfers before its attends, to see what hiding them is worth.
+        most_history: bytes of other ranks' cached keys that come in one round, equal on all ranks; see pieces.py.
+        """
         if head_dim % 2:
             raise ValueError(f"head_dim must be even, not {head_dim}")
         assert (transport.rank, transport.size) == (rank, plan.layout.num_ranks), "transport of another group"
@@ -76,6 +80,7 @@ class Executor:
             itemsize=dtype.itemsize,
             scale=head_dim**-0.5 if scale is None else scale,
             device=self.device,
+            most_history=most_history if moves_history(plan) else None,
         )
         self.program = self._builder.program(())
 
@@ -218,7 +223,7 @@ class Run:
 
     def _pack(self, envelope: Envelope) -> Tensor:
         sections, slices = envelope.sections, self._schedule.slices
-        if all(s.use.block.operand != STATE for s in sections):
+        if not any(s.use.block.operand == STATE or self._scattered(slices[s.use]) is not None for s in sections):
             whole = as_bytes([self._read(slices[s.use]) for s in sections])
             if whole is not None:
                 return whole
@@ -232,10 +237,14 @@ class Run:
         return buffer
 
     def _copy(self, part: Slice, target: Tensor) -> None:
-        if part.held not in self._held and part.pages is not None and not part.pages.contiguous:
-            torch.index_select(self._in_pages(part.heads), 0, part.pages.index, out=target)
+        if (pages := self._scattered(part)) is not None:
+            torch.index_select(self._in_pages(part.heads), 0, pages.index, out=target)
         else:
             target.copy_(self._read(part))
+
+    def _scattered(self, part: Slice) -> Rows | None:
+        """Pages that do not follow each other, from which it has to be gathered; None: it lies together."""
+        return None if part.pages is None or part.pages.contiguous or part.held in self._held else part.pages
 
     def _read(self, part: Slice) -> Tensor:
         if (arrival := self._arrivals.get(part.held)) is not None:

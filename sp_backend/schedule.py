@@ -18,6 +18,7 @@ from sp_backend.geometry import Geometry, Positions, Ranges, block_bytes, query_
 from sp_backend.kernels import Attention, HeadMap, Kernel, Span, Work
 from sp_backend.kv_cache import Ints, Rows
 from sp_backend.layout import KV, Block
+from sp_backend.pieces import in_pieces, num_pieces
 from sp_backend.plan import Plan
 from sp_backend.program import Call, Program, Use, compile_rank
 
@@ -118,7 +119,8 @@ class ScheduleBuilder:
     itemsize: int
     scale: float
     device: torch.device
-    _programs: dict[tuple[int, ...], Program] = field(default_factory=dict)  # paged chunks -> program
+    most_history: int | None  # bytes of other ranks' that come in one round; None: none comes
+    _programs: dict[tuple[tuple[int, ...], int], Program] = field(default_factory=dict)  # (paged chunks, pieces)
 
     def build(self, geometry: Geometry, window: int | None, places: Mapping[int, Rows]) -> Schedule:
         layout = self.plan.layout
@@ -127,7 +129,7 @@ class ScheduleBuilder:
         step = _Step(geometry, window, places, tuple(sorted(places, key=lambda c: (c < layout.num_new, c))))
         slices: dict[Use, Slice] = {}
         rounds = []
-        for r in self.program(step.paged).rounds:
+        for r in self.program(step.paged, self._num_pieces(geometry)).rounds:
             receives = [self._envelope(geometry, m.peer, [Use(b, b) for b in m.blocks]) for m in r.receives]
             sends = [self._envelope(geometry, m.peer, m.uses) for m in r.sends]
             calls = [call for c in r.calls for call in self._calls(step, c)]
@@ -143,10 +145,16 @@ class ScheduleBuilder:
         rows = {c: sum(r[c] for r in geometry.rows) for c in range(layout.num_new)}
         return Schedule(tuple(rounds), rows, slices, query_key_pairs(self.plan, geometry, self.rank))
 
-    def program(self, paged: tuple[int, ...]) -> Program:
-        if paged not in self._programs:
-            self._programs[paged] = compile_rank(self.plan, self.rank, paged)
-        return self._programs[paged]
+    def program(self, paged: tuple[int, ...], pieces: int = 1) -> Program:
+        """paged: see compile_rank. pieces: of other ranks' history."""
+        if (paged, pieces) not in self._programs:
+            self._programs[paged, pieces] = compile_rank(in_pieces(self.plan, pieces), self.rank, paged)
+        return self._programs[paged, pieces]
+
+    def _num_pieces(self, geometry: Geometry) -> int:
+        if self.most_history is None:
+            return 1
+        return num_pieces(self.plan.layout, geometry, self.head_dim, self.itemsize, self.most_history)
 
     def _envelope(self, geometry: Geometry, peer: int, uses: Sequence[Use]) -> Envelope:
         rows = [(u, geometry.num_rows(u.block)) for u in uses]

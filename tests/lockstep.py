@@ -14,6 +14,7 @@ from sp_backend.geometry import Geometry, Positions
 from sp_backend.kernels import Kernel, get_kernel
 from sp_backend.kv_cache import Rows
 from sp_backend.layout import Block, Layout
+from sp_backend.pieces import MOST_HISTORY
 from sp_backend.plan import Plan
 from sp_backend.transport.lockstep import LockstepNetwork
 from sp_backend.transport.recording import RecordingTransport
@@ -141,13 +142,23 @@ def run_lockstep(
     layers: int = 1,
     overlap: bool = True,
     paged: bool = False,
+    most_history: int = MOST_HISTORY,
 ) -> LockstepResult:
     """paged: each rank's keys lie scattered in a pool; its new ones are given as tensors as well, as by a model."""
     kernel = kernel or get_kernel("reference")
     network = LockstepNetwork(plan.layout.num_ranks)
     wires = [RecordingTransport(network.rank(r)) for r in range(network.size)]
     executors = [
-        Executor(plan, r, kernel, wire, head_dim=batch.head_dim, dtype=batch.dtype, overlap=overlap)
+        Executor(
+            plan,
+            r,
+            kernel,
+            wire,
+            head_dim=batch.head_dim,
+            dtype=batch.dtype,
+            overlap=overlap,
+            most_history=most_history,
+        )
         for r, wire in enumerate(wires)
     ]
     places, pages = zip(*(batch.pages_of(r) if paged else ({}, None) for r in range(network.size)), strict=True)
@@ -167,7 +178,7 @@ def run_lockstep(
             for r, (e, s) in enumerate(zip(executors, schedules, strict=True))
         ]
         links = []
-        for i in range(len(plan.rounds)):
+        for i in range(len(schedules[0].rounds)):
             for wire in wires:
                 wire.bytes.clear()
             for run in runs:
