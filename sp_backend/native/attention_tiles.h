@@ -13,7 +13,7 @@ constexpr int64_t kTileRows = 128;  // of queries x heads of a group
 constexpr int64_t kBlock = 512;     // keys of a block of a packed span
 constexpr int64_t kDirect = 256;    // and of one that is packed as it goes
 constexpr int64_t kStep = 64;       // sizes of products are rounded up to it, since each size is compiled once
-constexpr int64_t kPackedBytes = 64 << 20;  // at a time
+constexpr int64_t kPackedBytes = 4 << 20;  // at a time: more is no faster
 
 // Packing. A block of n keys: K as [dim in 4-byte words][n] words; V as [n][dim] or, in bf16, [n / 2][dim][2].
 
