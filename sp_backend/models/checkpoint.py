@@ -1,6 +1,7 @@
 """Reads slices of tensors from a Hugging Face folder: one safetensors file or several with an index.
 
-Files are memory-mapped, so a rank touches only the bytes that it keeps. Embedding models are often saved without the
+Files are memory-mapped, so a rank touches only the bytes that it keeps; what it has touched counts as its memory until
+the file is closed, which is why files are opened again now and then. Embedding models are often saved without the
 head, from the inner model: their tensors then lack the prefix "model.". Pure: no torch until a tensor is read.
 """
 
@@ -19,6 +20,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
 PREFIX = "model."
+MOST_MAPPED = 64 << 20  # bytes
 
 
 def is_bare(folder: str | Path) -> bool:
@@ -38,10 +40,14 @@ class Checkpoint:
         self._folder = Path(folder)
         self._index = _read_index(self._folder)  # tensor -> file name; None: all in SINGLE
         self._open: dict[str, Any] = {}
+        self._mapped_bytes = 0  # at least, of what was read since files were last opened
         self._bare = is_bare(folder)
 
     def read(self, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> Tensor:
-        """`slices` of the tensor `name`, in the file's dtype; the whole of it must have `shape`."""
+        """`slices` of the tensor `name`, in the file's dtype; the whole of it must have `shape`.
+
+        What it gives is the file's own memory: copy it and let go of it.
+        """
         name = name.removeprefix(PREFIX) if self._bare else name
         file = self._file_of(name)
         try:
@@ -58,6 +64,7 @@ class Checkpoint:
                 f'{self._folder / file}: tensor "{name}" has dtype {dtype}; supported: {", ".join(DTYPES)}'
             )
         tensor: Tensor = stored[slices]
+        self._mapped_bytes += tensor.nbytes
         return tensor
 
     def _file_of(self, name: str) -> str:
@@ -68,6 +75,9 @@ class Checkpoint:
         return self._index[name]
 
     def _handle(self, file: str) -> Any:
+        if self._mapped_bytes > MOST_MAPPED:
+            self._open.clear()
+            self._mapped_bytes = 0
         if file not in self._open:
             self._open[file] = _open(self._folder / file, "pt")
         return self._open[file]

@@ -12,6 +12,8 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+from sp_backend.models import checkpoint
+from sp_backend.models.checkpoint import SINGLE, Checkpoint
 from sp_backend.models.config import ModelConfig
 from sp_backend.models.decoder import Decoder
 from sp_backend.models.linear import can_pack
@@ -87,6 +89,24 @@ def test_several_files_hold_the_same_model(originals, sharded):
     one, several = read(originals["llama3"]), read(sharded)
     assert one[1] == several[1]
     assert all(torch.equal(several[0][name], tensor) for name, tensor in one[0].items())
+
+
+def test_a_file_that_was_read_does_not_stay_mapped(tmp_path, monkeypatch):
+    """The resident memory of a rank that loads is its weights, not twice that."""
+
+    def mapped_bytes() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssFile")))
+
+    names = [f"{i}" for i in range(16)]
+    size = 4 << 20
+    save_file({name: torch.zeros(size, dtype=torch.uint8).view(torch.bfloat16) for name in names}, tmp_path / SINGLE)
+    monkeypatch.setattr(checkpoint, "MOST_MAPPED", 2 * size)
+    file, most, before = Checkpoint(tmp_path), 0, mapped_bytes()
+    for name in names:
+        file.read(name, (size // 2,), (slice(None),)).sum()
+        most = max(most, mapped_bytes() - before)
+    assert size <= most < 6 * size
 
 
 def test_weights_are_cast_to_the_asked_dtype(tmp_path):
