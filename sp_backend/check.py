@@ -13,7 +13,6 @@ receiver. A replay of exactly that (`rendezvous`) is part of the proof.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,11 +20,11 @@ from fractions import Fraction
 from math import lcm
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sp_backend.columns import columns_of, links_of
-from sp_backend.layout import CAUSAL, EMPTY, KV, STATE, Block, Heads, Layout, Q
+from sp_backend.layout import CAUSAL, EMPTY, KV, STATE, Block, Layout, Q
 from sp_backend.plan import Attend, Plan, Transfer
+from sp_backend.ragged import Fold, RaggedSample
 
 WHOLE = (0, 1)
 _Link = tuple[int, int]  # src, dst
@@ -41,15 +40,6 @@ class Report:
     peak_kv_blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Fold:
-    """One attend's share of a state."""
-
-    heads: Heads
-    kv: Block
-    causal: bool
-
-
 @dataclass(slots=True)
 class _Replay:
     """What every rank holds while a plan is replayed on symbols."""
@@ -57,7 +47,7 @@ class _Replay:
     layout: Layout
     errors: list[str] = field(default_factory=list)
     held: dict[tuple[int, str, int], list[Block]] = field(default_factory=lambda: defaultdict(list))
-    slots: dict[tuple[int, int], list[_Fold]] = field(default_factory=lambda: defaultdict(list))
+    slots: dict[tuple[int, int], list[Fold]] = field(default_factory=lambda: defaultdict(list))
     arrived: dict[tuple[int, Block], int] = field(default_factory=dict)  # (rank, received block) -> round
     last_use: dict[tuple[int, Block], int] = field(default_factory=dict)
 
@@ -83,7 +73,7 @@ def check(plan: Plan) -> Report:
             replay.arrived.setdefault((rank, block), when)
         for rank, chunk, folds in states:
             replay.slots[rank, chunk] += folds
-    sample = Sample(plan.layout)
+    sample = RaggedSample(plan.layout)
     for block, rank in plan.layout.finish():
         folds = replay.slots.pop((rank, block.chunk), [])
         replay.errors += _coverage(plan.layout, block, folds)
@@ -150,14 +140,14 @@ def _malformed(layout: Layout, block: Block) -> str | None:
     return "only KV is cut into pieces" if block.operand != KV and block.piece != WHOLE else None
 
 
-_Arrivals = tuple[list[tuple[int, Block]], list[tuple[int, int, list[_Fold]]]]
+_Arrivals = tuple[list[tuple[int, Block]], list[tuple[int, int, list[Fold]]]]
 
 
 def _transfers(replay: _Replay, transfers: tuple[Transfer, ...], when: int) -> _Arrivals:
     ranks = range(replay.layout.num_ranks)
     blocks: list[tuple[int, Block]] = []
     coming: dict[tuple[int, str, int], list[Block]] = defaultdict(list)
-    states: list[tuple[int, int, list[_Fold]]] = []
+    states: list[tuple[int, int, list[Fold]]] = []
     for t in transfers:
         problem = _malformed(replay.layout, t.block)
         if t.src == t.dst or t.src not in ranks or t.dst not in ranks:
@@ -178,7 +168,7 @@ def _transfers(replay: _Replay, transfers: tuple[Transfer, ...], when: int) -> _
     return blocks, states
 
 
-def _take_state(replay: _Replay, t: Transfer) -> tuple[list[_Fold], str | None]:
+def _take_state(replay: _Replay, t: Transfer) -> tuple[list[Fold], str | None]:
     """Remove from the sender's slot what the transfer carries away."""
     lo, hi = t.block.heads
     slot = replay.slots[t.src, t.block.chunk]
@@ -203,14 +193,14 @@ def _attend(replay: _Replay, a: Attend, when: int) -> None:
             problem = "wrong mask"
         elif a.mask == CAUSAL and a.kv.piece != WHOLE:
             problem = "causal mask on a piece"
-        replay.slots[a.rank, a.q.chunk].append(_Fold(a.q.heads, a.kv, a.mask == CAUSAL))
+        replay.slots[a.rank, a.q.chunk].append(Fold(a.q.heads, a.kv, a.mask == CAUSAL))
     if problem:
         replay.errors.append(f"round {when}: {problem}: {a}")
 
 
-def _coverage(layout: Layout, state: Block, folds: list[_Fold]) -> Iterator[str]:
+def _coverage(layout: Layout, state: Block, folds: list[Fold]) -> Iterator[str]:
     """Every visible KV chunk, each of its slices, for each head of the state, exactly once."""
-    by_chunk: dict[int, list[_Fold]] = defaultdict(list)
+    by_chunk: dict[int, list[Fold]] = defaultdict(list)
     for f in folds:
         by_chunk[f.kv.chunk].append(f)
     visible = {c for c in range(layout.num_chunks) if layout.mask(state.chunk, c) != EMPTY}
@@ -241,63 +231,6 @@ def _kept(replay: _Replay) -> Iterator[str]:
             share = sum(Fraction(b.heads[1] - b.heads[0], layout.num_heads * b.piece[1]) for b in blocks)
             if share != 1:
                 yield f"kv{chunk} is not kept: rank {rank} ends with {share} of it"
-
-
-class Sample:
-    """Ragged sequences laid out by the layout's own cut, to count (query token, key token) pairs."""
-
-    def __init__(self, layout: Layout, page_size: int = 2) -> None:
-        self.layout = layout
-        self.positions: list[list[NDArray[np.int64]]] = []  # [sequence][chunk] -> absolute positions
-        long = page_size * (2 * layout.num_new // layout.num_groups + 1) + 1
-        cases = [(long, long + 3), (3, 0)] if layout.kind != "home" else [(3, 9), (1, 5)]
-        for group in range(layout.num_groups):
-            for i, (num_new, num_old) in enumerate(cases):
-                self.positions.append(self._lay_out(group, i, num_new, num_old, page_size))
-
-    def _lay_out(self, group: int, index: int, num_new: int, num_old: int, page_size: int) -> list[NDArray[np.int64]]:
-        lay = self.layout
-        old = np.arange(0 if lay.history == "none" else num_old)
-        new = len(old) + np.arange(num_new)
-        first, size = group * lay.group_size, lay.group_size
-        if lay.kind == "home":
-            home = first + index * (size - 1)
-            chunks = [new if c == home else new[:0] for c in range(lay.num_new)]
-        else:
-            cuts = np.cumsum(lay.cut_pages(num_new, page_size, group))
-            chunks = np.split(new, cuts[:-1])
-        if lay.history != "none":
-            owners = first + (old // page_size + index) % size
-            chunks += [old if lay.history == "copies" else old[owners == r] for r in range(lay.num_ranks)]
-        return chunks
-
-    def count(self, state: Block, folds: list[_Fold]) -> Iterator[str]:
-        """Each visible pair of tokens is seen once by every head of the state."""
-        cuts = sorted({*state.heads, *(x for f in folds for x in f.heads)})
-        of_head: dict[int, list[_Fold]] = defaultdict(list)  # first head of a range -> its folds
-        for f in folds:
-            for lo in cuts[bisect_left(cuts, f.heads[0]) : bisect_left(cuts, f.heads[1])]:
-                of_head[lo].append(f)
-        for index, chunks in enumerate(self.positions):
-            q, k = chunks[state.chunk], np.concatenate(chunks)
-            if not len(q):
-                continue
-            ends = np.cumsum([len(c) for c in chunks]).tolist()
-            want = k <= q[:, None] if self.layout.causal else np.ones((len(q), len(k)), bool)
-            if self.layout.history == "copies":  # those of other ranks are of the same tokens
-                own = self.layout.history_of(self.layout.owner(state.chunk))
-                for c in range(self.layout.num_new, self.layout.num_chunks):
-                    want[:, ends[c] - len(chunks[c]) : ends[c]] &= c == own
-            for lo, hi in zip(cuts, cuts[1:], strict=False):
-                seen = np.zeros((len(q), len(k)), int)
-                for f in of_head[lo]:
-                    rows, (i, n) = len(chunks[f.kv.chunk]), f.kv.piece
-                    first = ends[f.kv.chunk] - rows
-                    since, until = first + rows * i // n, first + rows * (i + 1) // n
-                    if since < until:
-                        seen[:, since:until] += np.tri(len(q), until - since, dtype=np.int64) if f.causal else 1
-                if (seen != want).any():
-                    yield f"{state} heads {lo}:{hi}: a pair of tokens of sample {index} is not seen once"
 
 
 def _peaks(replay: _Replay, plan: Plan, operand: str) -> tuple[int, ...]:

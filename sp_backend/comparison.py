@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final, Literal
@@ -98,16 +98,18 @@ class Bounded:
 class Comparison:
     """The candidates of a question costed, fastest first, and those that would be slower even if sending were free."""
 
-    def __init__(self, question: Question) -> None:
-        """Raises ValueError if the forced variant does not fit."""
-        self.question = question
+    def __init__(self, question: Question, show: Callable[[Sequence[Variant]], Iterable[Variant]] = iter) -> None:
+        """show: goes through variants as they are costed, such as a progress bar. Raises ValueError if the forced
+        variant does not fit.
+        """
+        self.question, self._show = question, show
         self._costs: dict[tuple[Variant, int], PlanCost] = {}  # by groups
         self.ranked: list[Candidate] = []
         self.bounded: list[Bounded] = []
         self._first = cache(question.machine.first)
         least = {variant: self._least(variant) for variant in question.candidates()}
         best = math.inf
-        for variant in sorted(least, key=least.__getitem__):
+        for variant in self._show(sorted(least, key=least.__getitem__)):
             every = question.exhaustive or variant == question.forced
             bounded = None if every else self._bounded(variant, least[variant], best)
             if bounded is not None:
@@ -179,19 +181,16 @@ class Comparison:
             seen.add(candidate.variant.strategy)
         return rows
 
-    def over_lengths(self, scales: Sequence[float], tell: Callable[[str], None] | None = None) -> dict[str, Floats]:
+    def over_lengths(self, scales: Sequence[float]) -> dict[str, Floats]:
         """Seconds [scales] of each strategy's best variant, with every prompt's new tokens times a scale.
 
-        What cannot win at the length asked about may at another, so all but too large plans are costed; tell: is told
-        how far that is.
+        What cannot win at the length asked about may at another, so all but too large plans are costed.
         """
         question = self.question
         best: dict[str, Floats] = {}
         costed = {c.variant for c in self.ranked}
         variants = [v for v in question.candidates() if v in costed or question.is_quick(v)]
-        for number, variant in enumerate(variants, 1):
-            if tell is not None:
-                tell(f"plan {number} of {len(variants)}")
+        for variant in self._show(variants):
             cost = self._cost(variant, question.groups(variant))
             batches = [[(max(1, round(new * s)), cached) for new, cached in question.batch] for s in scales]
             rows = [lay_out(cost.plan.layout, batch, question.page_size).rows for batch in batches]

@@ -11,12 +11,9 @@ import gc
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-
-import msgspec
-import numpy as np
 
 from sp_backend.catalog import ITEMSIZE
 from sp_backend.comparison import MOST_RANKS_OF_ALL, Comparison, Question
@@ -24,17 +21,14 @@ from sp_backend.config import LAYOUTS
 from sp_backend.models.config import ModelConfig
 from sp_backend.planner import OFF
 from sp_backend.presets import GRAMMAR, KINDS, load_machine, preset
-from sp_backend.report import as_data, as_text, milliseconds, size
+from sp_backend.report import as_text, size
 from sp_backend.shape import ModelShape
-from sp_backend.simulate import simulate
 from sp_backend.strategies import FLAGS, STRATEGIES, Options, Variant, variants
 from sp_backend.strategies.mapping import read_cycles
 from sp_backend.topology import Machine
-from sp_backend.trace import chrome_trace
+from sp_backend.written import write_json, write_plot, write_timeline
 
-_SHORTEST = 512  # tokens of a plot; the longest is four times what is asked about
-_BEYOND = 4
-_MOST_RATIO = 3  # of a plot
+BAR_AFTER = 1.0  # seconds
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,7 +96,7 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    comparison = Comparison(_question(args))
+    comparison = Comparison(_question(args), _bar)
     written = []
     for flag, write in (("--json", write_json), ("--timeline", write_timeline), ("--plot", write_plot)):
         file = getattr(args, flag.removeprefix("--"))
@@ -112,6 +106,19 @@ def _run(args: argparse.Namespace) -> None:
             except OSError as error:
                 raise ValueError(f"{flag} {file}: cannot be written: {error.strerror}") from error
     print("\n\n".join([as_text(comparison, whole_plan=args.table), *written]), flush=True)
+
+
+def _bar(variants: Sequence[Variant]) -> Iterator[Variant]:
+    """Goes through them with a bar on a terminal that takes long."""
+    if not sys.stderr.isatty():
+        yield from variants
+        return
+    from tqdm import tqdm  # only here, as it takes a tenth of the time of a usual question to import
+
+    with tqdm(variants, unit="plan", disable=None, delay=BAR_AFTER, leave=False) as bar:
+        for variant in bar:
+            bar.set_postfix_str(str(variant))
+            yield variant
 
 
 # From flags to a question
@@ -239,9 +246,6 @@ def _at_least(least: int, flag: str, value: int) -> int:
     return value
 
 
-# What it writes
-
-
 def topologies() -> str:
     """The kinds of presets, with the numbers that predictions for them use, and how names are made."""
     rows = [["kind", "a rank's port", "latency", "attention", "all else", "memory"]]
@@ -254,63 +258,6 @@ def topologies() -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, "", f"names: {GRAMMAR}"])
-
-
-def write_json(comparison: Comparison, file: Path) -> str:
-    """Returns, as the other writers do, what is in the file."""
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(as_data(comparison))) + b"\n")
-    return "every candidate and the plan, as data"
-
-
-def write_timeline(comparison: Comparison, file: Path) -> str:
-    """One layer under the plan shown, event by event; its other work too where the model's sizes are given."""
-    shape, shown = comparison.question.shape, comparison.shown
-    machine = comparison.machine(shown)
-    simulation = simulate(shown.plan, machine, shape, shown.geometry, dense=shape.dense_flops > 0)
-    title = f"{shown.variant} on {machine.name}"
-    file.write_bytes(msgspec.json.encode(chrome_trace(simulation, machine.num_ranks, title)))
-    return f"one layer simulated event by event, {milliseconds(simulation.seconds)}; open it in ui.perfetto.dev"
-
-
-def write_plot(comparison: Comparison, file: Path) -> str:
-    """Predicted time against new tokens, and its ratio to the best; one line a strategy, its best variant each time."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    asked = sum(new for new, _ in comparison.question.batch)
-    longest = max(_BEYOND * asked, 2 * _SHORTEST)
-    lengths = [_SHORTEST * 2**i for i in range(1 + int(math.log2(longest / _SHORTEST)))]
-    found = comparison.over_lengths([n / asked for n in lengths], tell=_show)
-    best = np.min(list(found.values()), axis=0)
-    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(8, 8), sharex=True)
-    for i, (name, seconds) in enumerate(found.items()):
-        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "marker": ".", "label": name}
-        upper.plot(lengths, seconds * 1e3, **style)
-        lower.plot(lengths, seconds / best, **style)
-    what = "a forward pass" if comparison.question.whole_step else "a layer's attention"
-    upper.set(xscale="log", yscale="log", ylabel=f"predicted time of {what} (ms)")
-    upper.set_title(f"{comparison.question.machine.name}: each strategy at its best degree and options", fontsize=10)
-    lower.set(xlabel="new tokens", ylabel="time ÷ the best", ylim=(0.95, _MOST_RATIO))
-    lower.set_xticks(lengths, [str(n) if n < 1024 else f"{n // 1024}k" for n in lengths])
-    lower.minorticks_off()
-    for axes in (upper, lower):
-        axes.axvline(asked, color="grey", linewidth=0.8)
-        axes.grid(alpha=0.3)
-    upper.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
-    return "predicted time against new tokens"
-
-
-def _show(progress: str) -> None:
-    """On one line of a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r--plot: {progress} ", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

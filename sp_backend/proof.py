@@ -12,12 +12,13 @@ from math import lcm
 
 import numpy as np
 
-from sp_backend.check import Sample, rendezvous
+from sp_backend.check import rendezvous
 from sp_backend.columns import OPERANDS, Columns, Rounds, mask_table
 from sp_backend.forms import Forms, forms_of
 from sp_backend.layout import KV, STATE, Layout
 from sp_backend.plan import Plan
 from sp_backend.prune import used
+from sp_backend.ragged import RaggedSample
 
 _KV, _STATE = OPERANDS.index(KV), OPERANDS.index(STATE)
 
@@ -122,7 +123,7 @@ def _covered(layout: Layout, columns: Columns, forms: Forms) -> bool:
 def _sample_agrees(layout: Layout) -> bool:
     """Token by token, on a ragged sample laid out by the layout's own cut: masks of chunks show what may be seen."""
     table = mask_table(layout)
-    for chunks in Sample(layout).positions:
+    for chunks in RaggedSample(layout).positions:
         of_chunk = np.repeat(np.arange(len(chunks)), [len(c) for c in chunks])
         position, index = np.concatenate(chunks), np.concatenate([np.arange(len(c)) for c in chunks])
         q = of_chunk < layout.num_new

@@ -1,13 +1,12 @@
-"""A comparison told: the ranking, why the first candidate wins, the plan, and all of it as data. Pure: no torch."""
+"""A comparison told: the ranking, why the first candidate wins, and the plan. Pure: no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from sp_backend.comparison import Comparison, Question, parts
-from sp_backend.layout import Block
-from sp_backend.plan import Attend, Plan, Transfer
+from sp_backend.plan import Plan
 from sp_backend.planner import HIDDEN, TIE, Candidate
 
 _MOST_COLUMNS: Final = 200  # of a plan's table, unless all is asked for
@@ -155,77 +154,10 @@ def plan_table(plan: Plan, whole: bool = False) -> str:
     return "\n".join([*cut, f"(cut: --table prints all of {ranks} ranks x {rounds} rounds)"])
 
 
-def as_data(comparison: Comparison) -> dict[str, Any]:
-    """Seconds and bytes; the keys are described in docs/planning.md."""
-    question, shape = comparison.question, comparison.question.shape
-    return {
-        "question": {
-            "topology": question.machine.name,
-            "sp_size": question.machine.num_ranks,
-            "heads": shape.num_heads,
-            "kv_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "layers": shape.num_layers,
-            "dense_params": shape.dense_flops / 2,
-            "itemsize": shape.itemsize,
-            "layout": question.layout,
-            "mask": "causal" if question.causal else "full",
-            "page_size": question.page_size,
-            "new_tokens": [new for new, _ in question.batch],
-            "cached_tokens": [cached for _, cached in question.batch],
-        },
-        "ranked_by": "step_seconds" if question.whole_step else "attention_seconds",
-        "why": why(comparison),
-        "bounded": [
-            {"name": str(b.variant), "at_least_seconds": b.seconds, "slow": b.slow} for b in comparison.bounded
-        ],
-        "candidates": [_row(comparison, c) for c in comparison.ranked],
-        "plan": _plan(comparison.shown.plan),
-    }
-
-
-def _row(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:
-    cost, pair = candidate.cost, busiest_link(candidate)
-    spent = parts(comparison, candidate)
-    return {
-        "name": str(candidate.variant),
-        "strategy": candidate.variant.strategy,
-        "options": candidate.variant.options.given(),
-        "degree": candidate.degree,
-        "ratio": comparison.ratio(candidate),
-        "attention_seconds": cost.seconds,
-        "step_seconds": cost.step_seconds,
-        "compute_seconds": spent.compute,
-        "exposed_seconds": cost.exposed,
-        "hidden_seconds": cost.hidden,
-        "overhead_seconds": spent.overhead,
-        "busiest_resource": spent.resource or None,
-        "busiest_resource_seconds": spent.link,
-        "busiest_link": _arrow(pair) if pair else None,
-        "total_bytes": cost.total_bytes,
-        "link_bytes": {_arrow(link): num_bytes for link, num_bytes in sorted(cost.link_bytes.items())},
-        "rounds": [{"compute": r.compute, "transfer": r.transfer, "wait": r.wait} for r in cost.rounds],
-    }
-
-
-def _plan(plan: Plan) -> dict[str, Any]:
-    return {
-        "name": plan.name,
-        "digest": plan.digest,
-        "rounds": [
-            {"transfers": list(map(_named, r.transfers)), "attends": list(map(_named, r.attends))} for r in plan.rounds
-        ],
-    }
-
-
 def busiest_link(candidate: Candidate) -> tuple[int, int] | None:
     """The (src, dst) that carries most bytes; None: nothing is sent."""
     links = candidate.cost.link_bytes
     return max(links, key=links.__getitem__, default=None)
-
-
-def _arrow(link: tuple[int, int]) -> str:
-    return f"{link[0]}>{link[1]}"
 
 
 def _number(count: int, of: str) -> str:
@@ -248,9 +180,3 @@ def size(num_bytes: float) -> str:
 
 def _decimals(value: float) -> int:
     return max(0, 2 - max(0, len(str(int(value))) - 1)) if value >= 1 else 3
-
-
-def _named(instruction: Transfer | Attend) -> dict[str, Any]:
-    """An instruction's fields by name, and those of its blocks."""
-    fields = instruction._asdict()
-    return {name: value._asdict() if isinstance(value, Block) else value for name, value in fields.items()}

@@ -19,11 +19,12 @@ from sp_backend.cost import PlanCost
 from sp_backend.geometry import predicted_bytes
 from sp_backend.planner import OFF, lay_out
 from sp_backend.presets import KINDS, load_machine
-from sp_backend.report import as_data, as_text, binds, milliseconds, plan_table, size, why
+from sp_backend.report import as_text, binds, milliseconds, plan_table, size, why
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate
 from sp_backend.strategies import STRATEGIES, Options, Variant, plan_for
 from sp_backend.topology import Machine
+from sp_backend.written import as_data
 from tests.checkpoints import make_checkpoint
 
 GQA = ModelShape(num_heads=64, num_kv_heads=8, head_dim=128)
@@ -227,11 +228,19 @@ def test_a_plot_has_a_line_for_each_strategy(tmp_path: Path) -> None:
 
 def test_a_plot_of_many_ranks_has_strategies_that_cannot_win_at_the_length_asked_about() -> None:
     comparison = compare("nic400-18", 64)
-    told: list[str] = []
-    found = comparison.over_lengths([1.0, 100.0], tell=told.append)
+    found = comparison.over_lengths([1.0, 100.0])
     assert {*found} == {v.strategy for v in comparison.question.candidates()}
     assert {*found} > {c.variant.strategy for c in comparison.ranked}
-    assert told[-1] == f"plan {len(told)} of {len(told)}"
+
+
+def test_long_work_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*ASKED, "--new-tokens", "512"]
+    explain.main(asked)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(explain, "BAR_AFTER", 0)
+    explain.main(asked)
+    assert re.search(r"\d+/\d+ .*plan", capsys.readouterr().err)
 
 
 def test_topologies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
