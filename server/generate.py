@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -144,7 +144,7 @@ class GenerateWriter:
     def _scored(self, prompt: list[int], scores: list[GeneratedToken]) -> list[GeneratedToken]:
         """The first one has no log-probability, as in SGLang, wherever it is."""
         tokens = [GeneratedToken(prompt[0]), *scores][self.scored_from :]
-        return [replace(tokens[0], logprob=None, top=[]), *tokens[1:]] if tokens else []
+        return [GeneratedToken(tokens[0].token), *tokens[1:]] if tokens else []
 
     def _logprobs(self, side: str, tokens: list[GeneratedToken]) -> dict[str, Any]:
         return {
