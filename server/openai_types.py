@@ -31,6 +31,27 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
+_STRUCTURED = "use structured_outputs, regex, ebnf or json_schema"
+UNSUPPORTED = {  # field: what to do instead
+    "allowed_token_ids": "logit_bias or a regex may do",
+    "bad_words": "logit_bias may do",
+    "custom_logit_processor": "logit_bias may do",
+    "guided_choice": _STRUCTURED,
+    "guided_grammar": _STRUCTURED,
+    "guided_json": _STRUCTURED,
+    "guided_regex": _STRUCTURED,
+    "logits_processors": "logit_bias may do",
+    "lora_path": "merge the adapter into the weights",
+    "prompt_logprobs": "use echo with logprobs in /v1/completions, or logprob_start_len in /generate",
+    "return_token_ids": "/generate answers with output_ids",
+    "return_tokens_as_token_ids": "/generate answers with output_ids",
+    "stop_regex": "use stop",
+    "structural_tag": _STRUCTURED,
+    "truncate_prompt_tokens": "cut the prompt",
+    "use_beam_search": "use n with a temperature",
+}
+
+
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -66,6 +87,23 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     structured_outputs: StructuredOutputs | None = None
     rid: str | None = None
     user: str | None = None
+    # Other servers' fields. To ignore them would answer something else than what was asked: see UNSUPPORTED.
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    custom_logit_processor: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    logits_processors: Any = None
+    lora_path: Any = None
+    prompt_logprobs: Any = None
+    return_token_ids: Any = None
+    return_tokens_as_token_ids: Any = None
+    stop_regex: Any = None
+    structural_tag: Any = None
+    truncate_prompt_tokens: Any = None
+    use_beam_search: Any = None
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):

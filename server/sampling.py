@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from server.choice import TextOptions
 from server.errors import invalid
-from server.openai_types import SamplingFields
+from server.openai_types import UNSUPPORTED, SamplingFields
 from sp_backend.commands import Sampling
 
 
@@ -37,6 +37,7 @@ class SamplingReader:
     def read(
         self, request: SamplingFields, logprobs: int | None, max_tokens: int | None, grammar: str | None
     ) -> Decoding:
+        _refuse_unsupported(request)
         if request.stream_options is not None and not request.stream:
             raise invalid("stream_options needs stream: true.", "stream_options")
         min_tokens = request.min_tokens or 0
@@ -87,6 +88,13 @@ class SamplingReader:
         if any(not 0 <= token < self._vocab_size for token in bias):
             raise invalid(f"logit_bias: token id out of vocabulary (size {self._vocab_size}).", "logit_bias")
         return bias
+
+
+def _refuse_unsupported(request: SamplingFields) -> None:
+    for name, instead in UNSUPPORTED.items():
+        value = getattr(request, name)
+        if value is not None and value is not False and value not in ("", [], {}):  # clients send these for "none"
+            raise invalid(f"{name} is not supported: {instead}.", name)
 
 
 def _stops(given: str | list[str] | None) -> list[str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from llguidance import LLMatcher, grammar_from
+from msgspec import Meta
 
 from server.errors import invalid
 
@@ -37,7 +38,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     json: str | dict[str, Any] | None = None
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
     grammar: str | None = None
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.openai_types import UNSUPPORTED
 from tests.server.fake_client import FakeClient
 from tests.server.live import Live, live_server
 
@@ -91,6 +92,7 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"regex": "(["}, "regex"),
     ({"ebnf": "root ::= missing"}, "ebnf"),
     ({"regex": "a", "response_format": {"type": "json_object"}}, "regex"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
     ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice[0]"),
     ({"seed": "x"}, "seed"),
     ({"seed": 2**70}, "seed"),
@@ -169,6 +171,16 @@ def test_nulls_and_unknown_fields_are_fine(live: Live) -> None:
 def test_a_top_k_beyond_the_vocabulary_is_all_of_it(live: Live, top_k: int) -> None:
     assert post(live, COMPLETIONS, {"prompt": "x", "top_k": top_k}).status_code == 200
     assert live.client.requests[-1].sampling.top_k == 4032
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_other_servers_can_do_is_refused_not_ignored(live: Live, name: str) -> None:
+    for path, body in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": USER})):
+        response = post(live, path, {**body, name: 1})
+        assert response.status_code == 400 and error(response)["param"] == name
+        assert error(response)["message"].startswith(f"{name} is not supported: ")
+        for none in (None, False, "", [], {}):
+            assert post(live, path, {**body, "max_tokens": 1, name: none}).status_code == 200
 
 
 def test_too_long_prompts_say_so_in_words_that_clients_look_for() -> None:
