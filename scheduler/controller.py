@@ -13,14 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 
 from scheduler.batching import Batcher, PlannedStep, failed
 from scheduler.config import SchedulerConfig
+from scheduler.inbox import SHUT_DOWN, Inbox
 from scheduler.plans import StepPlanner
-from scheduler.request import Draining, GenerateRequest, Output, QueueFull, RequestTooLong, Unavailable
-from scheduler.stats import LastChoice, PlanStats, RankStats, Stats, StepLog
+from scheduler.request import GenerateRequest, Output
+from scheduler.stats import Stats, StepLog, Totals
 from scheduler.steps import StepWriter
 from scheduler.worker_pool import WorkerFailed, Workers
 from sp_backend.commands import StepResult
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.2  # how soon a closing controller stops waiting for a step
 IDLE_SECONDS = 0.5  # how often idle workers are looked at
 PLANNED_AT = 0.5  # of a prefill step's expected time, the next one is planned: later arrivals miss it
-SHUT_DOWN = "the server is shutting down"
 
 
 @dataclass(slots=True)
@@ -57,27 +56,16 @@ class Controller:
         self.batcher = Batcher(config, backend, pages_per_rank, planner)
         self._writer = StepWriter(self.batcher.placement)
         self._config = config
-        self._backend = backend
         self._workers = workers
         self._on_outputs = on_outputs
         self._clock = clock
-        self._lock = threading.Lock()  # guards what other threads change: the next four
-        self._submitted: deque[GenerateRequest] = deque()
-        self._aborted: deque[str] = deque()
-        self._draining = False
-        self._failure: str | None = None
-        self._flush = False
+        self._inbox = Inbox(config, backend, self.batcher)
+        self._totals = Totals(backend)
         self._closing = False
-        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._step_id = 0
-        self._results: dict[int, StepResult] = {}  # the last of each rank
-        self._busy_seconds = [0.0] * backend.world_size
-        self._idle_seconds = [0.0] * backend.world_size
         self._in_flight: deque[InFlight] = deque()  # at most two: one runs, one is next
         self._last_ranks = frozenset[int]()  # SP ranks of the newest step; none after a pause
-        self._plans: dict[str, PlanStats] = {}
-        self._last_choice: LastChoice | None = None
         self._due: list[Output] = []  # not handed out yet
         self._log = StepLog(config.decode_log_interval, clock())
 
@@ -91,67 +79,36 @@ class Controller:
 
         Its id must differ from those of all requests that have not ended.
         """
-        self._validate(request)
-        with self._lock:
-            if self._failure:
-                raise Unavailable(self._failure)
-            if self._draining:
-                raise Draining(SHUT_DOWN)
-            if self._queue_is_full():
-                raise QueueFull(f"the queue of {self._config.max_queued_requests} waiting requests is full")
-            self._submitted.append(request)
-        self._wake.set()
+        self._inbox.submit(request)
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step, whatever it is doing; one that has ended is left alone."""
-        with self._lock:
-            self._aborted.append(request_id)
-        self._wake.set()
+        self._inbox.abort(request_id)
 
     def flush_cache(self) -> None:
         """Forgets every cached prefix that no request is using."""
-        self._flush = True
-        self._wake.set()
+        self._inbox.flush()
 
     def drain(self) -> None:
         """Takes no more requests; those that it has go on."""
-        with self._lock:
-            self._draining = True
+        self._inbox.drain()
 
     def close(self, timeout: float = 5.0) -> None:
         """Ends the thread, and every request with an error."""
         self.drain()
         self._closing = True
-        self._wake.set()
+        self._inbox.wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
         self._fail(SHUT_DOWN)
 
     def healthy(self) -> str | None:
         """None, or why no request can be served any more."""
-        return self._failure
+        return self._inbox.failure
 
     def stats(self) -> Stats:
         """A snapshot. Taken while a step is planned, its numbers may be one step apart."""
-        pool, lanes, counters = self.batcher.placement.pool, self.batcher.lanes, self.batcher.counters
-        return Stats(
-            num_running=len(self.batcher.running) + len(lanes.prefilling),
-            num_waiting=lanes.num_waiting + len(self._submitted),
-            page_size=self._backend.page_size,
-            num_pages=pool.num_pages,
-            pages_used=sum(map(pool.num_used, range(pool.num_ranks))),
-            pages_cached=sum(map(pool.num_idle, range(pool.num_ranks))),
-            per_rank=[self._rank_stats(rank) for rank in range(self._backend.world_size)],
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            generated_tokens=counters.generated_tokens,
-            num_finished=dict(counters.num_finished),
-            num_retractions=counters.num_retractions,
-            num_steps=dict(counters.num_steps),
-            capacity_tokens=self.batcher.max_length,
-            plans={plan: copy(stats) for plan, stats in self._plans.copy().items()},
-            last_choice=self._last_choice,
-        )
+        return self._totals.stats(self.batcher, self._inbox.num_submitted)
 
     # The controller's thread
 
@@ -198,10 +155,10 @@ class Controller:
 
     def _run(self) -> None:
         while True:
-            self._wake.clear()  # before anything it announces is read, so that nothing is missed
-            if self._closing or self._failure:
+            self._inbox.wake.clear()  # before anything it announces is read, so that nothing is missed
+            if self._closing or self._inbox.failure:
                 return
-            if not self.step() and not self._wake.wait(IDLE_SECONDS):
+            if not self.step() and not self._inbox.wake.wait(IDLE_SECONDS):
                 self._look_after_workers()
 
     def _look_after_workers(self) -> None:
@@ -209,14 +166,11 @@ class Controller:
             self._workers.poll(0.0)
 
     def _take_in(self) -> None:
-        with self._lock:
-            num_submitted = len(self._submitted)
-            aborted, self._aborted = self._aborted, deque()
-        for _ in range(num_submitted):  # one by one: should one raise, the others are still there to be told
-            self.batcher.add(self._submitted.popleft())
+        aborted = self._inbox.take_aborted()  # first: whatever it ends is then among the requests
+        while (request := self._inbox.next_request()) is not None:
+            self.batcher.add(request)
         self._due += [output for output in map(self.batcher.abort, aborted) if output]
-        if self._flush:
-            self._flush = False
+        if self._inbox.take_flush():
             self.batcher.placement.cache.flush()
 
     def _send_next(self) -> None:
@@ -268,17 +222,13 @@ class Controller:
         return None
 
     def _complete(self, step: InFlight, results: list[StepResult]) -> None:
-        for result in results:
-            self._results[result.rank] = result
-            self._busy_seconds[result.rank] += result.seconds
-            if result.rank % self._backend.sp_size in step.follows:
-                self._idle_seconds[result.rank] += result.idle_seconds
+        self._totals.add(step.planned, results, step.follows)
         if self._in_flight:
             self._in_flight[0].began = self._clock()
         seconds, planned = max(result.seconds for result in results), step.planned
         if planned.kind == "prefill":
             self.batcher.prefill_time.observe(planned.tokens, planned.pairs, seconds)
-        self._count(planned, seconds)
+        self._log.plan(planned.kind, planned.num_new, planned.choices, seconds)
         sampled = {token.request_id: token for result in results for token in result.tokens}
         self.batcher.pool(planned, results)
         outputs = self.batcher.complete(planned, sampled, seconds)
@@ -286,72 +236,12 @@ class Controller:
         if planned.kind == "decode" and self._log.decode_is_due(len(outputs)):
             self._log.decode(self.stats(), self._clock())
 
-    def _count(self, planned: PlannedStep, seconds: float) -> None:
-        stats = self._plans.setdefault(planned.plan, PlanStats())
-        stats.num_steps += 1
-        stats.num_tokens += planned.num_new
-        stats.seconds += seconds
-        predicted = planned.predicted_seconds
-        if predicted is not None:
-            stats.predicted_seconds += predicted
-            stats.measured_seconds += seconds
-            self._last_choice = LastChoice(planned.plan, planned.choices[0].reason, predicted, seconds)
-        self._log.plan(planned.kind, planned.num_new, planned.choices, seconds)
-
     def _fail(self, why: str) -> None:
-        with self._lock:
-            if self._failure:
-                return
-            self._failure = why
-            submitted, self._submitted = self._submitted, deque()
+        submitted = self._inbox.fail(why)
+        if submitted is None:
+            return
         self._in_flight.clear()
         self._due += self.batcher.fail_all(why) + [failed(request.request_id, why) for request in submitted]
         self.hand_out()
         if why != SHUT_DOWN:
             logger.error("cannot go on: %s", why)
-
-    def _validate(self, request: GenerateRequest) -> None:
-        if not request.prompt:
-            raise ValueError("the prompt is empty")
-        if request.pooling is not None and request.max_tokens != 0:
-            raise ValueError(f"max_tokens must be 0 for an embedding, not {request.max_tokens}")
-        if request.pooling is None and request.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {request.max_tokens}")
-        if request.pooling is None and not self._backend.causal:
-            raise ValueError("under a full mask there is no next token: only embeddings can be made")
-        num_prompt, context = len(request.prompt), self._backend.context_length
-        if num_prompt + request.max_tokens > context:
-            raise RequestTooLong(
-                num_prompt + request.max_tokens,
-                context,
-                f"{num_prompt} prompt tokens and {request.max_tokens} tokens to generate exceed the context "
-                f"length of {context} tokens",
-            )
-        fits = self.batcher.max_length - (request.pooling is None)  # room for a token to be generated
-        if num_prompt > fits:
-            message = f"the prompt has {num_prompt} tokens; at most {fits} fit in the KV cache"
-            raise RequestTooLong(num_prompt, fits, message)
-
-    def _queue_is_full(self) -> bool:
-        if self._config.max_queued_requests is None:
-            return False
-        lanes = self.batcher.lanes
-        num_free = self._config.max_running_requests - len(self.batcher.running) - len(lanes.prefilling)
-        return lanes.num_waiting + len(self._submitted) >= self._config.max_queued_requests + max(num_free, 0)
-
-    def _rank_stats(self, rank: int) -> RankStats:
-        pool, sp_rank = self.batcher.placement.pool, rank % self._backend.sp_size
-        result = self._results.get(rank)
-        return RankStats(
-            rank=rank,
-            sp_rank=sp_rank,
-            tp_rank=rank // self._backend.sp_size,
-            num_pages=pool.pages_per_rank,
-            pages_used=pool.num_used(sp_rank),
-            pages_cached=pool.num_idle(sp_rank),
-            query_key_pairs=result.query_key_pairs if result else 0,
-            bytes_sent=result.bytes_sent if result else 0,
-            wait_seconds=result.wait_seconds if result else 0.0,
-            busy_seconds=self._busy_seconds[rank],
-            idle_seconds=self._idle_seconds[rank],
-        )

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
+from scheduler.batching import Batcher, PlannedStep
+from scheduler.page_pool import PagePool
 from scheduler.plans import PlanChoice
+from sp_backend.commands import StepResult
+from sp_backend.config import BackendConfig
 
 logger = logging.getLogger("scheduler")
 
@@ -67,6 +72,75 @@ class Stats:
     capacity_tokens: int  # the longest prompt and output that fit
     plans: dict[str, PlanStats] = field(default_factory=dict)
     last_choice: LastChoice | None = None
+
+
+class Totals:
+    """What the workers have told of their steps so far."""
+
+    def __init__(self, backend: BackendConfig) -> None:
+        self._backend = backend
+        self._results: dict[int, StepResult] = {}  # the last of each rank
+        self._busy_seconds = [0.0] * backend.world_size
+        self._idle_seconds = [0.0] * backend.world_size
+        self._plans: dict[str, PlanStats] = {}
+        self._last_choice: LastChoice | None = None
+
+    def add(self, planned: PlannedStep, results: Sequence[StepResult], follows: frozenset[int]) -> None:
+        """follows: SP ranks that took part in the step before, if there was no pause."""
+        for result in results:
+            self._results[result.rank] = result
+            self._busy_seconds[result.rank] += result.seconds
+            if result.rank % self._backend.sp_size in follows:
+                self._idle_seconds[result.rank] += result.idle_seconds
+        seconds = max(result.seconds for result in results)
+        plan = self._plans.setdefault(planned.plan, PlanStats())
+        plan.num_steps += 1
+        plan.num_tokens += planned.num_new
+        plan.seconds += seconds
+        predicted = planned.predicted_seconds
+        if predicted is not None:
+            plan.predicted_seconds += predicted
+            plan.measured_seconds += seconds
+            self._last_choice = LastChoice(planned.plan, planned.choices[0].reason, predicted, seconds)
+
+    def stats(self, batcher: Batcher, num_submitted: int) -> Stats:
+        """num_submitted: requests that the batcher has not got yet."""
+        pool, lanes, counters = batcher.placement.pool, batcher.lanes, batcher.counters
+        return Stats(
+            num_running=len(batcher.running) + len(lanes.prefilling),
+            num_waiting=lanes.num_waiting + num_submitted,
+            page_size=self._backend.page_size,
+            num_pages=pool.num_pages,
+            pages_used=sum(map(pool.num_used, range(pool.num_ranks))),
+            pages_cached=sum(map(pool.num_idle, range(pool.num_ranks))),
+            per_rank=[self._rank_stats(rank, pool) for rank in range(self._backend.world_size)],
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            num_finished=dict(counters.num_finished),
+            num_retractions=counters.num_retractions,
+            num_steps=dict(counters.num_steps),
+            capacity_tokens=batcher.max_length,
+            plans={plan: copy(stats) for plan, stats in self._plans.copy().items()},
+            last_choice=self._last_choice,
+        )
+
+    def _rank_stats(self, rank: int, pool: PagePool) -> RankStats:
+        sp_rank = rank % self._backend.sp_size
+        result = self._results.get(rank)
+        return RankStats(
+            rank=rank,
+            sp_rank=sp_rank,
+            tp_rank=rank // self._backend.sp_size,
+            num_pages=pool.pages_per_rank,
+            pages_used=pool.num_used(sp_rank),
+            pages_cached=pool.num_idle(sp_rank),
+            query_key_pairs=result.query_key_pairs if result else 0,
+            bytes_sent=result.bytes_sent if result else 0,
+            wait_seconds=result.wait_seconds if result else 0.0,
+            busy_seconds=self._busy_seconds[rank],
+            idle_seconds=self._idle_seconds[rank],
+        )
 
 
 class StepLog:

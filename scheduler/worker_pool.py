@@ -10,12 +10,9 @@ import atexit
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +20,7 @@ from typing import Protocol
 
 import zmq
 
-import sp_backend
+from scheduler.worker_process import WorkerProcess, wait_all
 from sp_backend.commands import (
     Failure,
     Loading,
@@ -68,7 +65,7 @@ class WorkerPool:
         self.ready: list[Ready] = []  # by rank, after start()
         self._config = config
         self._command = command
-        self._processes: list[_Process] = []
+        self._processes: list[WorkerProcess] = []
         self._results: dict[int, dict[int, StepResult | None]] = {}  # of steps in flight, oldest first: by rank
         self._checked_at = 0.0
         self._directory: Path | None = None
@@ -108,7 +105,7 @@ class WorkerPool:
     def poll(self, timeout: float) -> list[StepResult] | None:
         deadline = time.monotonic() + timeout
         while (results := self._oldest_results()) is None:
-            for report in self._receive(deadline):
+            if (report := self._receive(deadline)) is not None:
                 assert isinstance(report, StepResult), f"unexpected {report}"
                 assert report.rank in self._results.get(report.step_id, ()), f"unexpected {report}"
                 self._results[report.step_id][report.rank] = report
@@ -123,11 +120,11 @@ class WorkerPool:
             for process in self._processes:
                 with suppress(zmq.ZMQError):  # it never connected, or has gone
                     self._socket.send_multipart([_identity(process.rank), encode(Shutdown())])
-        _wait_all(self._processes, grace)
+        wait_all(self._processes, grace)
         for number, patience in ((signal.SIGTERM, 2.0 if grace > 0 else 0.5), (signal.SIGKILL, 1.0)):
             for process in self._processes:
                 process.kill(number)
-            _wait_all(self._processes, patience)
+            wait_all(self._processes, patience)
         for process in self._processes:
             process.close()
         self._processes = []
@@ -148,7 +145,7 @@ class WorkerPool:
         self._socket.bind(address)
         for rank in range(self._config.world_size):
             start = WorkerStart(self._config, rank, address, str(self._directory / "rendezvous"), os.getpid())
-            self._processes.append(_Process(rank, self._command, encode(start), _environment(self._config)))
+            self._processes.append(WorkerProcess(rank, self._command, encode(start), self._config))
 
     def _await_ready(self, deadline: float, progress: Callable[[int, int], None]) -> None:
         ready: dict[int, Ready] = {}
@@ -156,11 +153,11 @@ class WorkerPool:
             if time.monotonic() >= deadline:
                 missing = sorted(set(range(self._config.world_size)) - set(ready))
                 raise WorkerFailed(f"workers {missing} were not ready in time")
-            for report in self._receive(min(deadline, time.monotonic() + CHECK_SECONDS)):
-                if isinstance(report, Ready):
-                    ready[report.rank] = report
-                elif isinstance(report, Loading) and report.rank == 0:
-                    progress(report.num_loaded, report.num_tensors)
+            report = self._receive(deadline)
+            if isinstance(report, Ready):
+                ready[report.rank] = report
+            elif isinstance(report, Loading) and report.rank == 0:
+                progress(report.num_loaded, report.num_tensors)
         self.ready = [ready[rank] for rank in range(self._config.world_size)]
 
     def _compare(self) -> None:
@@ -185,16 +182,20 @@ class WorkerPool:
             self._check(force=True)
             raise WorkerFailed(f"worker {rank} cannot be reached: {error}") from error
 
-    def _receive(self, deadline: float) -> list[Report]:
-        """What has arrived; waits for the first message until the deadline, but not long without looking around."""
+    def _receive(self, deadline: float) -> Report | None:
+        """The next message; waits for it until the deadline, but not long without looking around."""
         assert self._socket is not None
         self._check()
         wait = min(CHECK_SECONDS, max(0.0, deadline - time.monotonic()))
-        self._socket.poll(int(wait * 1000))
-        reports = self._take_messages()
-        if any(isinstance(report, Failure) for report in reports):
-            self._raise(reports)
-        return reports
+        self._socket.setsockopt(zmq.RCVTIMEO, int(wait * 1000))  # one call waits and reads: a poller takes three
+        try:
+            _, message = self._socket.recv_multipart()
+        except zmq.Again:
+            return None
+        report: Report = decode_report(message)
+        if isinstance(report, Failure):
+            self._raise([report])
+        return report
 
     def _take_messages(self) -> list[Report]:
         assert self._socket is not None
@@ -224,85 +225,8 @@ class WorkerPool:
         raise WorkerFailed("; ".join(causes))
 
 
-class _Process:
-    """One worker process; its output goes to our standard error, and its end is remembered."""
-
-    def __init__(self, rank: int, command: tuple[str, ...], start: bytes, environment: dict[str, str]) -> None:
-        self.rank = rank
-        self._last_lines: deque[str] = deque(maxlen=20)
-        self._popen = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._forward, name=f"worker-{rank}-output", daemon=True)
-        self._reader.start()
-        assert self._popen.stdin is not None
-        with suppress(BrokenPipeError):  # it has died already: found out when it is awaited
-            self._popen.stdin.write(start)
-            self._popen.stdin.close()
-
-    @property
-    def exit_code(self) -> int | None:
-        return self._popen.poll()
-
-    def wait(self, timeout: float) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            self._popen.wait(max(timeout, 0.0))
-
-    def kill(self, number: signal.Signals) -> None:
-        """Signals the worker and what it may have started itself."""
-        if self.exit_code is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._popen.pid, number)
-
-    def close(self) -> None:
-        self._reader.join(1.0)
-        for pipe in (self._popen.stdin, self._popen.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-
-    def obituary(self) -> str:
-        code = self.exit_code
-        assert code is not None
-        self._reader.join(1.0)
-        how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-        said = "\n".join(self._last_lines)
-        return f"worker {self.rank} {how}" + (f", after saying:\n{said}" if said else "")
-
-    def _forward(self) -> None:
-        assert self._popen.stdout is not None
-        for line in self._popen.stdout:
-            text = line.decode(errors="replace").rstrip()
-            self._last_lines.append(text)
-            print(text, file=sys.stderr, flush=True)
-
-
 def _identity(rank: int) -> bytes:
     return str(rank).encode()
-
-
-def _wait_all(processes: list[_Process], timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    for process in processes:
-        process.wait(deadline - time.monotonic())
-
-
-def _environment(config: BackendConfig) -> dict[str, str]:
-    """Workers import the same packages, wherever they are started, and compute with as many threads as configured."""
-    root = str(Path(next(iter(sp_backend.__path__))).parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        "GLOO_SOCKET_IFNAME": "lo",
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": str(config.num_threads),
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 def _private_directory() -> Path:

@@ -69,7 +69,7 @@ class EventStream(Response):
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         try:
-            async with aclosing(_with_keepalive(self._events, self._keepalive)) as events:
+            async with aclosing(self._kept_alive()) as events:
                 async for data in events:
                     await asyncio.sleep(0)  # all streams' events first, then all writes: a local reader wakes up less
                     if not started:
@@ -88,16 +88,15 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": event(internal().body()), "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
+    def _kept_alive(self) -> AsyncGenerator[bytes, None]:
+        return _with_keepalive(self._events, self._keepalive) if self._keepalive else self._events
+
     async def _start(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
 
 async def _with_keepalive(events: AsyncGenerator[bytes, None], interval: float) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
-        if not interval:
-            async for data in events:
-                yield data
-            return
         upcoming = asyncio.ensure_future(anext(events))
         try:
             while True:

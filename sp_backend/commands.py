@@ -1,5 +1,7 @@
 """What a worker can be told, and what it answers. Pure: no torch; msgpack on the wire (msgspec Structs).
 
+What there is many of in each step is unknown to the garbage collector (gc=False): nothing of it is in a cycle.
+
 The controller sends each worker that takes part its own `Step`: the fields that describe the whole batch are equal on
 every rank (so that all ranks derive the same buffer sizes), those marked *this rank's* are not. Token ids and page
 indices travel as little-endian int32 bytes, page owners as one byte a page.
@@ -30,7 +32,7 @@ class WorkerStart(msgspec.Struct, frozen=True):
     parent: int  # the controller's process id: the worker does not outlive it
 
 
-class Sampling(msgspec.Struct, frozen=True, array_like=True):
+class Sampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How to turn the last logits of a sequence into a token. temperature 0 is greedy (argmax)."""
 
     temperature: float = 1.0
@@ -53,14 +55,14 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
 
-class Scoring(msgspec.Struct, frozen=True, array_like=True):
+class Scoring(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Asks for the log-probability of each prompt token, given those before it."""
 
     targets: bytes  # this rank's: the id that follows each of its new tokens (int32)
     num_top: int  # how many of the most likely tokens are wanted beside it
 
 
-class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
+class SequenceStep(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request's part of a step: `num_new` tokens after `start` cached ones."""
 
     request_id: int
@@ -76,7 +78,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     scoring: Scoring | None = None  # these new tokens are prompt, and their log-probabilities are wanted
 
 
-class Group(msgspec.Struct, frozen=True, array_like=True):
+class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Sequences that run under one plan. All groups of a step share one forward pass. LOCAL: those of this rank."""
 
     plan: str  # a variant's name, "decode" (home tokens, history anywhere) or "local" (home tokens, history at home)
@@ -119,26 +121,26 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 Command = Step | Shutdown
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     token: int
     logprob: float  # natural log, of the unmodified distribution
 
 
-class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+class SampledToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
     request_id: int
     token: int
     logprob: float | None = None
     top: list[TokenLogprob] = []
 
 
-class PooledStates(msgspec.Struct, frozen=True, array_like=True):
+class PooledStates(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The sum of one rank's final hidden states of an embedding's tokens in this step."""
 
     request_id: int
     states: bytes  # hidden_size float32, little-endian
 
 
-class Scores(msgspec.Struct, frozen=True, array_like=True):
+class Scores(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probabilities of prompt tokens: of those that follow one rank's new tokens."""
 
     request_id: int

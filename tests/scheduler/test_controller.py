@@ -198,6 +198,27 @@ def test_an_abort_during_prefill_frees_the_pages_after_the_chunk() -> None:
     assert harness.workers.steps[-1].release == [0], "the workers forget it with the next step"
 
 
+def test_an_abort_that_comes_while_requests_are_taken_in_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = make_harness()
+    inbox = harness.controller._inbox
+    next_request, late = inbox.next_request, ["late"]
+
+    def then_another_comes_and_goes() -> GenerateRequest | None:
+        request = next_request()
+        if request is None and late:
+            harness.submit(late[0], [1, 2, 3], max_tokens=50)
+            harness.controller.abort(late.pop())
+        return request
+
+    monkeypatch.setattr(inbox, "next_request", then_another_comes_and_goes)
+    harness.submit("r", [1, 2, 3])
+    harness.run()
+    assert {name: end.finish_reason for name, end in harness.ends.items()} == {
+        "r": FinishReason.LENGTH,
+        "late": FinishReason.ABORT,
+    }
+
+
 def test_tp_ranks_mirror_their_sp_rank() -> None:
     harness = make_harness(sp_size=2, tp_size=2)
     harness.submit("r", PROMPT)
