@@ -63,7 +63,7 @@ class Executor:
         most_history: int = MOST_HISTORY,
     ) -> None:
         """overlap: False waits for a round's transfers before its attends, to see what hiding them is worth.
-        most_history: bytes of other ranks' cached keys that come in one round, equal on all ranks; see pieces.py.
+        most_history: cached keys of other ranks that come in one round; equal on all ranks. See pieces.py.
         """
         if head_dim % 2:
             raise ValueError(f"head_dim must be even, not {head_dim}")

@@ -14,11 +14,11 @@ from typing import TypeVar
 import numpy as np
 
 from sp_backend.columns import OPERANDS, Attends, Columns, Flags, Rounds, Transfers, columns_of, join, take
-from sp_backend.geometry import Geometry, block_bytes
+from sp_backend.geometry import Geometry
 from sp_backend.layout import KV, STATE, Block, Layout
 from sp_backend.plan import Plan
 
-MOST_HISTORY = 2 << 20  # bytes that come in one round: attending them takes far longer than a round costs
+MOST_HISTORY = 8192  # keys that come in one round: attending so many takes 50 times what a kernel call more costs
 MOST_PIECES = 64  # a plan of many ranks in more would take seconds to write
 
 _KV, _STATE = OPERANDS.index(KV), OPERANDS.index(STATE)
@@ -31,11 +31,10 @@ def moves_history(plan: Plan) -> bool:
     return bool(((t.operand == _KV) & (t.chunk >= plan.layout.num_new)).any())
 
 
-def num_pieces(layout: Layout, geometry: Geometry, head_dim: int, itemsize: int, most_history: int) -> int:
+def num_pieces(layout: Layout, geometry: Geometry, most_history: int) -> int:
     """How many to cut history into: a power of two, so that few plans are made. Equal on all ranks."""
-    whole = [Block(KV, layout.history_of(rank), layout.all_heads) for rank in range(layout.num_ranks)]
-    longest = max(geometry.num_rows(block) for block in whole)
-    coming = (layout.group_size - 1) * block_bytes(layout, whole[0], longest, head_dim, itemsize)
+    of_ranks = [Block(KV, layout.history_of(rank), layout.all_heads) for rank in range(layout.num_ranks)]
+    coming = (layout.group_size - 1) * max(map(geometry.num_rows, of_ranks))
     pieces = 1
     while coming > pieces * most_history and pieces < MOST_PIECES:
         pieces *= 2

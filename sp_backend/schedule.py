@@ -119,7 +119,7 @@ class ScheduleBuilder:
     itemsize: int
     scale: float
     device: torch.device
-    most_history: int | None  # bytes of other ranks' that come in one round; None: none comes
+    most_history: int | None  # keys of other ranks' that come in one round; None: none come
     _programs: dict[tuple[tuple[int, ...], int], Program] = field(default_factory=dict)  # (paged chunks, pieces)
 
     def build(self, geometry: Geometry, window: int | None, places: Mapping[int, Rows]) -> Schedule:
@@ -154,7 +154,7 @@ class ScheduleBuilder:
     def _num_pieces(self, geometry: Geometry) -> int:
         if self.most_history is None:
             return 1
-        return num_pieces(self.plan.layout, geometry, self.head_dim, self.itemsize, self.most_history)
+        return num_pieces(self.plan.layout, geometry, self.most_history)
 
     def _envelope(self, geometry: Geometry, peer: int, uses: Sequence[Use]) -> Envelope:
         rows = [(u, geometry.num_rows(u.block)) for u in uses]
