@@ -146,7 +146,7 @@ def layer_of(
         plan, rank, get_kernel(kernel), transport, head_dim=shape.head_dim, dtype=DTYPE, overlap=overlap
     )
     none = torch.empty(0, dtype=torch.int64)
-    batch = LocalBatch(none, none, slice(0, num_rows), [group], samples=[], pooled=[], scored=[])
+    batch = LocalBatch(none, none, slice(0, num_rows), [group], last=None, samples=[], pooled=[], scored=[])
     attention = StepAttention(batch, cache, {"it": executor}, [None])
     q, kv = tensors or shape.tensors(num_rows, num_rows)
     return lambda: attention.attend(0, q, kv)

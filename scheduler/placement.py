@@ -10,10 +10,10 @@ layout heads every rank computes a part of the heads of every token, whatever th
 from __future__ import annotations
 
 from scheduler.page_pool import PagePool
-from scheduler.plans import DECODE, PlanChooser
+from scheduler.plans import PlanChooser
 from scheduler.prefix_cache import Node, PrefixCache
 from scheduler.sequence import Chunk, Sequence
-from sp_backend.commands import LOCAL
+from sp_backend.commands import DECODE, LOCAL
 from sp_backend.config import BackendConfig
 from sp_backend.layout import Layout
 

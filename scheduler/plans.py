@@ -14,12 +14,11 @@ from typing import Any, Protocol
 import msgspec
 
 from scheduler.sequence import Chunk
-from sp_backend.commands import LOCAL
+from sp_backend.commands import DECODE, LOCAL
 from sp_backend.config import BackendConfig
 
 SHORT = 384  # new tokens below which a prompt need not queue behind long ones; where spreading begins to pay on 2 cores
 LONG = 8192  # new tokens from which a prompt is long, however high the threshold
-DECODE = "decode"
 REASONS = {
     LOCAL: "all tokens on one rank: nothing to exchange",
     DECODE: "few new tokens: queries go to the cached keys, which are on several ranks",

@@ -13,9 +13,7 @@ import msgspec
 
 from scheduler.placement import Placement
 from scheduler.sequence import UNDRAWN, Chunk, Sequence
-from sp_backend.commands import LOCAL, Group, Sampling, Scoring, SequenceStep, Step
-
-TOKEN_BYTES = 4
+from sp_backend.commands import LOCAL, TOKEN_BYTES, Group, Sampling, Scoring, SequenceStep, Step
 
 
 class StepWriter:

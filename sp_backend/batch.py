@@ -7,19 +7,19 @@ inside a chunk sequence by sequence: so every chunk is one slice, and so is all 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from sp_backend.commands import Group, Sampling, SequenceStep, Step
+from sp_backend.commands import TOKEN_BYTES, Group, Sampling, SequenceStep, Step
 from sp_backend.geometry import Geometry
 from sp_backend.kv_cache import Ints, PageTable, Rows
+from sp_backend.last_layer import as_decode, only_last_is_wanted
 from sp_backend.layout import Layout
 
 NO_INTS = np.empty(0, np.int64)
-TOKEN_BYTES = 4  # int32, on the wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,14 @@ class GroupRows:
         """The rows of the i-th sequence in a query chunk of this rank."""
         first, (lo, hi) = self.q_rows[chunk].start, self.geometry.chunk_spans(chunk)[i]
         return slice(first + lo, first + hi)
+
+
+@dataclass(frozen=True, slots=True)
+class LastLayer:
+    """What the last layer attends, where not all of its rows are wanted."""
+
+    rows: torch.Tensor  # int64 [m]: of the hidden states before it
+    groups: list[GroupRows]  # rows are those of these m; keys are in pages where kv_rows is empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,8 @@ class LocalBatch:
     positions: torch.Tensor  # [n] int64
     kv_rows: slice  # hidden states whose keys and values this rank projects
     groups: list[GroupRows]
-    samples: list[SampleRow]
+    last: LastLayer | None  # None: it runs as all others do
+    samples: list[SampleRow]  # rows here and below: of the hidden states after the last layer
     pooled: list[PooledRows]
     scored: list[ScoredRows]
 
@@ -102,30 +111,50 @@ class BatchBuilder:
         for request_id in step.release:
             self._tables.pop(request_id, None)
         groups: list[GroupRows] = []
-        samples: list[SampleRow] = []
-        pooled: list[PooledRows] = []
-        scored: list[ScoredRows] = []
         tokens, positions = [NO_INTS], [NO_INTS]
         num_rows = 0
         for group in step.groups:
             self._take_pages(group)
             laid, group_tokens, group_positions = self._lay_out(group, num_rows)
             groups.append(laid)
-            samples += self._samples(group, laid)
-            pooled += self._pooled(group, laid)
-            scored += self._scored(group, laid)
             tokens += group_tokens
             positions += group_positions
             num_rows += sum(map(len, group_tokens))
+        last, ends = None, list(zip(step.groups, groups, strict=True))
+        if any(map(only_last_is_wanted, step.groups)):
+            last, ends = self._last_layer(ends)
         return LocalBatch(
             tokens=self._tensor(np.concatenate(tokens)),
             positions=self._tensor(np.concatenate(positions)),
             kv_rows=self._projected(groups, num_rows),
             groups=groups,
-            samples=samples,
-            pooled=pooled,
-            scored=scored,
+            last=last,
+            samples=[row for end in ends for row in self._samples(*end)],
+            pooled=[row for end in ends for row in self._pooled(*end)],
+            scored=[row for end in ends for row in self._scored(*end)],
         )
+
+    def _last_layer(self, groups: list[tuple[Group, GroupRows]]) -> tuple[LastLayer, list[tuple[Group, GroupRows]]]:
+        """The groups of the last layer, and which rows of the other layers' these have."""
+        rows = [NO_INTS]
+        ends: list[tuple[Group, GroupRows]] = []
+        num_rows = 0
+        for group, laid in groups:
+            if only_last_is_wanted(group):
+                chunks = [self._last_chunk(group, laid, i) for i in range(len(group.sequences))]
+                layout = self._layouts[group.plan]
+                order = sorted(range(len(chunks)), key=lambda i: (layout.owner(chunks[i]), i))
+                own = [laid.rows_of(i, chunks[i]).stop - 1 for i in order if chunks[i] in laid.q_rows]
+                end = as_decode(group, chunks, layout, laid.q_rows)
+                ends.append((end, replace(self._lay_out(end, num_rows)[0], kv_rows={})))
+            else:
+                own = [row for rows in laid.q_rows.values() for row in range(rows.start, rows.stop)]
+                moved = num_rows - own[0] if own else 0
+                q_rows = {chunk: slice(q.start + moved, q.stop + moved) for chunk, q in laid.q_rows.items()}
+                ends.append((group, replace(laid, q_rows=q_rows)))
+            rows.append(np.array(own, np.int64))
+            num_rows += len(own)
+        return LastLayer(self._tensor(np.concatenate(rows)), [laid for _, laid in ends]), ends
 
     def _lay_out(self, group: Group, first_row: int) -> tuple[GroupRows, list[Ints], list[Ints]]:
         layout = self._layouts[group.plan]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from sp_backend.commands import DECODE, LOCAL
 from sp_backend.config import AUTO, BackendConfig
 from sp_backend.layout import Kind
 from sp_backend.models.config import ModelConfig
@@ -20,15 +21,17 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def shape_of(config: BackendConfig, model: ModelConfig) -> ModelShape:
-    """One SP group's share of the model."""
+    """One SP group's share of the model, as a prefill runs it: of the last layer keys and values alone."""
+    num_layers = max(1, model.num_layers - 1)
+    kv_parameters = 2 * model.hidden_size * model.num_kv_heads * model.head_dim
     return ModelShape(
         num_heads=model.num_heads // config.tp_size,
         num_kv_heads=model.num_kv_heads // config.tp_size,
         head_dim=model.head_dim,
-        num_layers=model.num_layers,
+        num_layers=num_layers,
         itemsize=ITEMSIZE[config.dtype],
-        dense_flops=2 * model.num_layers * model.layer_parameters / config.tp_size,
-        kv_flops=4 * model.num_layers * model.hidden_size * model.num_kv_heads * model.head_dim / config.tp_size,
+        dense_flops=2 * (num_layers * model.layer_parameters + kv_parameters) / config.tp_size,
+        kv_flops=2 * model.num_layers * kv_parameters / config.tp_size,
     )
 
 
@@ -66,4 +69,4 @@ def plans_for(config: BackendConfig, model: ModelConfig, planner: Planner | None
         causal=config.causal,
     )
     plans = {str(variant): build(variant, redundant_kv=config.redundant_kv) for variant in spread if variant != OFF}
-    return plans | {"decode": build("decode", kind=kind), "local": build(OFF)}
+    return plans | {DECODE: build(DECODE, kind=kind), LOCAL: build(OFF)}

@@ -18,6 +18,8 @@ from sp_backend.config import BackendConfig
 from sp_backend.topology import Machine
 
 LOCAL = "local"  # the plan of sequences that lie on one rank: nothing is exchanged
+DECODE = "decode"  # the plan of few tokens, each on one rank, over keys on any
+TOKEN_BYTES = 4  # int32, on the wire
 UNKNOWN = (-1).to_bytes(4, "little", signed=True)  # as a token id: the one drawn for the request one step earlier
 Pooling = Literal["last", "mean"]  # of the hidden states of a prompt's last token, or of all its tokens
 
@@ -81,7 +83,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Sequences that run under one plan. All groups of a step share one forward pass. LOCAL: those of this rank."""
 
-    plan: str  # a variant's name, "decode" (home tokens, history anywhere) or "local" (home tokens, history at home)
+    plan: str  # a variant's name, DECODE (home tokens, history anywhere) or LOCAL (home tokens, history at home)
     sequences: list[SequenceStep]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,23 @@ class Attention(Protocol):
         """The rows of the local hidden states for which this rank projects keys and values."""
         ...
 
+    @property
+    def last_rows(self) -> Tensor | None:
+        """int64 [m]: the rows whose hidden states are wanted of the last layer; None: all n."""
+        ...
+
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """Of rotated q [n, heads, head_dim] and kv [rows, 2, kv_heads, head_dim]: [n, heads, head_dim], to be read
-        before the next call."""
+        before the next call. In the last layer q has the `last_rows` alone."""
         ...
+
+
+class Heads(NamedTuple):
+    """Where projected heads go, the first of them normed, if asked for, and turned."""
+
+    rows: Tensor  # [n, ..., head_dim]
+    num_turned: int
+    norm: Tensor | None  # [head_dim]
 
 
 class Decoder:
@@ -60,8 +73,9 @@ class Decoder:
         self._specs = list(tensor_specs(config, shard))
         parameters = Parameters.allocate(self._specs, dtype, device)
         self._embedding = parameters.join(EMBEDDING)
-        kv_apart = shard.layout == "heads"  # its ranks may share out the rows of keys
-        self._layers = [parameters.layer(config, index, kv_apart) for index in range(config.num_layers)]
+        last = config.num_layers - 1
+        kv_apart = [shard.layout == "heads" or index == last for index in range(config.num_layers)]
+        self._layers = [parameters.layer(config, index, apart) for index, apart in enumerate(kv_apart)]
         self._final_norm = parameters.join(FINAL_NORM)
         self._head = parameters.head(config) if config.has_head else None
         self._parameters = parameters
@@ -89,12 +103,20 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states [n, hidden] of tokens [n] at positions [n], before the final norm. n may be 0."""
+        """Hidden states [m, hidden], before the final norm, of tokens [n] at positions [n]: those at the attention's
+        `last_rows`, or all n. n may be 0.
+
+        The last layer's output at other rows is read by nobody: it has keys and values of all tokens, but queries,
+        attention and an MLP for these rows alone.
+        """
         hidden = self._embed(tokens)
         angles = passes.angles(positions, self._inv_freq, self._rope_scale, self.dtype)
         kv_rows = slice(*attention.kv_rows.indices(len(hidden))[:2])
         for index, layer in enumerate(self._layers):
-            q, kv = self._project(layer, hidden, angles, kv_rows)
+            keyed, key_angles = hidden[kv_rows], _of_rows(angles, kv_rows)
+            if layer is self._layers[-1] and attention.last_rows is not None:
+                hidden, angles = hidden[attention.last_rows], _of_rows(angles, attention.last_rows)
+            q, kv = self._project(layer, hidden, angles, keyed, key_angles)
             attended = attention.attend(index, q, kv)
             for rows in _blocks(len(hidden)):
                 self._finish_layer(layer, hidden[rows], attended[rows])
@@ -127,27 +149,30 @@ class Decoder:
         return self._collectives.all_reduce(hidden)
 
     def _project(
-        self, layer: LayerWeights, hidden: Tensor, angles: passes.Angles, kv_rows: slice
+        self, layer: LayerWeights, hidden: Tensor, angles: passes.Angles, keyed: Tensor, key_angles: passes.Angles
     ) -> tuple[Tensor, Tensor]:
-        """Rotated q [n, heads, head_dim] of all rows and kv [rows, 2, kv_heads, head_dim] of kv_rows."""
-        head_dim, eps = self.config.head_dim, self.config.rms_norm_eps
-        num_q = self.num_heads * head_dim
-        q = hidden.new_empty(len(hidden), self.num_heads, head_dim)
-        kv = hidden.new_empty(kv_rows.stop - kv_rows.start, 2, self.num_kv_heads, head_dim)
+        """Rotated q [n, heads, head_dim] of hidden [n, hidden]; kv [m, 2, kv_heads, head_dim] of keyed [m, hidden]."""
+        head_dim = self.config.head_dim
+        q = Heads(hidden.new_empty(len(hidden), self.num_heads, head_dim), self.num_heads, layer.q_norm)
+        kv = Heads(hidden.new_empty(len(keyed), 2, self.num_kv_heads, head_dim), self.num_kv_heads, layer.k_norm)
+        if layer.kv is None:
+            assert len(hidden) == len(keyed), "one matrix projects queries and keys of the same rows"
+            self._project_to([q, kv], layer.qkv, layer.input_norm, hidden, angles)
+        else:
+            self._project_to([kv], layer.kv, layer.input_norm, keyed, key_angles)
+            self._project_to([q], layer.qkv, layer.input_norm, hidden, angles)
+        return q.rows, kv.rows
+
+    def _project_to(
+        self, targets: Sequence[Heads], linear: Linear, norm: Tensor, hidden: Tensor, angles: passes.Angles
+    ) -> None:
+        """The normed rows of hidden through one matrix, whose columns are the targets' side by side."""
+        eps = self.config.rms_norm_eps
+        widths = [target.rows.shape[1:].numel() for target in targets]
         for rows in _blocks(len(hidden)):
-            x = passes.rms_norm(hidden[rows], layer.input_norm, eps)
-            lo = max(rows.start, kv_rows.start)
-            hi = max(lo, min(rows.stop, kv_rows.stop))
-            if layer.kv is None:
-                assert (lo, hi) == (rows.start, rows.stop), "one matrix projects queries and keys of the same rows"
-                q_part, kv_part = layer.qkv(x).tensor_split([num_q], dim=-1)
-            else:
-                q_part, kv_part = layer.qkv(x), layer.kv(x[lo - rows.start : hi - rows.start])
-            kv_place = kv[lo - kv_rows.start : hi - kv_rows.start]
-            passes.rotate_into(q[rows], q_part, self.num_heads, _of_rows(angles, rows), layer.q_norm, eps)
-            kv_angles = _of_rows(angles, slice(lo, hi))
-            passes.rotate_into(kv_place, kv_part, self.num_kv_heads, kv_angles, layer.k_norm, eps)
-        return q, kv
+            parts = linear(passes.rms_norm(hidden[rows], norm, eps)).split_with_sizes(widths, dim=-1)
+            for target, part in zip(targets, parts, strict=True):
+                passes.rotate_into(target.rows[rows], part, target.num_turned, _of_rows(angles, rows), target.norm, eps)
 
     def _finish_layer(self, layer: LayerWeights, hidden: Tensor, attended: Tensor) -> None:
         """Output projection and MLP, added to these rows of hidden in place."""
@@ -162,7 +187,7 @@ class Decoder:
         return total if linear.bias is None else total + linear.bias
 
 
-def _of_rows(angles: passes.Angles, rows: slice) -> passes.Angles:
+def _of_rows(angles: passes.Angles, rows: slice | Tensor) -> passes.Angles:
     return angles[0][rows], angles[1][rows]
 
 

@@ -21,7 +21,7 @@ class LayerWeights:
 
     input_norm: Tensor
     qkv: Linear  # hidden -> (heads + 2 kv_heads) * head_dim, or q alone if `kv` is apart
-    kv: Linear | None  # where keys may be projected for fewer rows than queries
+    kv: Linear | None  # where keys and queries may be projected for different rows
     q_norm: Tensor | None  # [head_dim]
     k_norm: Tensor | None
     out: Linear  # heads * head_dim -> hidden

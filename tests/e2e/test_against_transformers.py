@@ -95,13 +95,20 @@ def engine(model: Path, tp: int, sp: int, layout: str, strategy: str, redundant:
 
 
 def worst_error(it: Engine, model: Path) -> float:
-    """Over the logits at every position of LONG and of what follows it; the tokens must be right too, if they are."""
-    it.workers.logits = {}
+    """Over the logits at every position of LONG and of what follows it; the tokens must be right too, if they are.
+
+    As a step computes them that wants the last rows alone, and as one that scores all.
+    """
+    it.workers.logits = ends = {}
     tokens = it.complete([LONG], NEW_TOKENS)
-    want, got = expected_logits(model), it.workers.logits
+    it.workers.logits = everywhere = {}
+    it.score([LONG], 0)
     it.workers.logits = None
-    assert sorted(got) == sorted(want)
-    worst = max(float(np.abs(got[position] - want[position]).max()) for position in want)
+    want = expected_logits(model)
+    assert sorted(ends)[1:] == list(range(len(LONG) - 1, len(want)))  # after the end of the first chunk
+    assert sorted(ends | everywhere) == sorted(want)
+    compared = [*ends.items(), *((at, row) for at, row in everywhere.items() if at < len(LONG))]
+    worst = max(float(np.abs(row - want[position]).max()) for position, row in compared)
     assert worst > 1e-4 or tokens == [expected_tokens(model, tuple(LONG))]
     return worst
 
@@ -118,7 +125,7 @@ def test_logits_and_tokens(
 
     prompts = [SHORT, FOLLOW_UP, LONG]
     assert it.complete(prompts, NEW_TOKENS) == [list(expected_tokens(model, tuple(p))) for p in prompts]
-    assert it.cached_tokens(2) == 77 // PAGE * PAGE
+    assert it.cached_tokens(3) == 77 // PAGE * PAGE
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])

@@ -19,6 +19,7 @@ class OwnValues:
     """Attention of each token to itself."""
 
     kv_rows = slice(None)
+    last_rows = None
 
     def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         return kv[:, 1].repeat_interleave(q.shape[1] // kv.shape[2], dim=1)

@@ -21,8 +21,10 @@ class DenseAttention:
         shard: Shard,
         kv_rows: slice = slice(None),
         exchange_kv: Callable[[Tensor], Tensor] = lambda kv: kv,
+        last_rows: Tensor | None = None,
     ) -> None:
         self.kv_rows = kv_rows
+        self.last_rows = last_rows
         self.score_deviations: list[float] = []
         self._windows = config.windows
         self._exchange_kv = exchange_kv

@@ -118,6 +118,19 @@ def test_greedy_tokens_equal_transformers(family, checkpoint):
     assert tokens == oracle_greedy(folder, TOKENS[:60].tolist(), 20)
 
 
+@pytest.mark.parametrize("wanted", [1, 7])
+def test_the_last_layer_of_some_rows_alone(wanted, checkpoint, expected):
+    """... and of all others its keys, which a later call sees."""
+    folder = checkpoint("qwen3")
+    decoder = load(folder)
+    attention = DenseAttention(decoder.config, decoder.shard, last_rows=torch.arange(60 - wanted, 60))
+    hidden = decoder.forward(TOKENS[:60], torch.arange(60), attention)
+    assert error(decoder.logits(hidden), expected(folder)[60 - wanted : 60]) < TOLERANCE
+    attention.last_rows = None
+    hidden = decoder.forward(TOKENS[60:], torch.arange(60, NUM_TOKENS), attention)
+    assert error(decoder.logits(hidden), expected(folder)[60:]) < TOLERANCE
+
+
 def rope(kind: str, **fields: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **fields}}
 
@@ -278,6 +291,7 @@ def test_a_rank_without_tokens_still_attends(checkpoint):
 
     class Recorder:
         kv_rows = slice(0, 0)
+        last_rows = None
 
         def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
             calls.append((layer, tuple(q.shape), tuple(kv.shape)))
