@@ -22,7 +22,7 @@ from sp_backend.least import least_seconds
 from sp_backend.plan import Plan
 from sp_backend.planner import OFF, Batch, Candidate, lay_out
 from sp_backend.shape import ModelShape, Sizes
-from sp_backend.strategies import STRATEGIES, Variant, least_of, plan_for, prove, variants
+from sp_backend.strategies import STRATEGIES, Options, Variant, least_of, plan_for, prove, variants
 from sp_backend.topology import Floats, Machine
 
 MOST_RANKS_OF_ALL: Final = 16  # beyond, plans are so large that costing every variant takes minutes
@@ -45,7 +45,7 @@ class Question:
     @property
     def exhaustive(self) -> bool:
         """Whether every candidate is costed, whatever it takes at least."""
-        return self.every_option or self.machine.num_ranks <= MOST_RANKS_OF_ALL
+        return self.every_option or self.layout == "heads" or self.machine.num_ranks <= MOST_RANKS_OF_ALL
 
     def is_quick(self, variant: Variant) -> bool:
         """Whether its plan has so few instructions that costing it takes no seconds."""
@@ -54,8 +54,9 @@ class Question:
     def variants(self) -> list[Variant]:
         """All that fit, off first (where one rank can do a prompt alone)."""
         ranks = self.machine.num_ranks
-        off = [OFF] if self.layout == "tokens" else []
-        return off + (variants(ranks, self.shape.num_heads, self.layout) if ranks > 1 or not off else [])
+        if self.layout == "heads":
+            return [Variant("sharded_q", Options(redundant_kv=redundant)) for redundant in (False, True)]
+        return [OFF, *(variants(ranks, self.shape.num_heads) if ranks > 1 else [])]
 
     def candidates(self) -> list[Variant]:
         """The variants to be costed: all, or of large groups each strategy's defaults at each degree."""
@@ -162,7 +163,18 @@ class Comparison:
 
     def seconds(self, candidate: Candidate) -> float:
         """What candidates are ranked by."""
-        return candidate.cost.step_seconds if self.question.whole_step else candidate.cost.seconds
+        if self.question.whole_step:
+            return candidate.cost.step_seconds
+        return candidate.cost.seconds + self.projection_seconds(candidate)
+
+    def projection_seconds(self, candidate: Candidate) -> float:
+        """In layout heads: a layer's projections to new keys and values, which redundant KV repeats on every rank."""
+        layout, shape = candidate.plan.layout, self.question.shape
+        if layout.kind != "heads":
+            return 0.0
+        rows = np.sum(candidate.geometry.rows, 0)[: layout.num_new]
+        projected = rows.sum() if layout.redundant_kv else rows.max()
+        return float(projected * shape.kv_flops / shape.num_layers / self.question.machine.rates.dense_flops)
 
     def machine(self, candidate: Candidate) -> Machine:
         """The ranks that its plan is of."""
@@ -172,14 +184,23 @@ class Comparison:
         return self.seconds(candidate) / self.seconds(self.best)
 
     def of_each_strategy(self) -> list[tuple[int, Candidate]]:
-        """The best variant of each strategy and the one shown, with their places among all."""
+        """The best variant of each strategy and the one shown, with their places among all; of layout heads' only
+        strategy both variants.
+        """
         seen: set[str] = set()
         rows = []
         for place, candidate in enumerate(self.ranked, 1):
-            if candidate.variant.strategy not in seen or candidate is self.shown:
+            strategy = candidate.variant.strategy
+            if strategy not in seen or candidate is self.shown or self.question.layout == "heads":
                 rows.append((place, candidate))
-            seen.add(candidate.variant.strategy)
+            seen.add(strategy)
         return rows
+
+    def rivals(self) -> list[Candidate]:
+        """What the best is compared with: the best variant of each other strategy; in layout heads the other one."""
+        mine = self.best.variant.strategy
+        shown = [c for _, c in self.of_each_strategy() if c is not self.best]
+        return [c for c in shown if self.question.layout == "heads" or c.variant.strategy != mine]
 
     def over_lengths(self, scales: Sequence[float]) -> dict[str, Floats]:
         """Seconds [scales] of each strategy's best variant, with every prompt's new tokens times a scale.

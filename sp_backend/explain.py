@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,16 +20,13 @@ from sp_backend.catalog import ITEMSIZE
 from sp_backend.comparison import MOST_RANKS_OF_ALL, Comparison, Question
 from sp_backend.config import LAYOUTS
 from sp_backend.models.config import ModelConfig
-from sp_backend.planner import OFF
 from sp_backend.presets import GRAMMAR, KINDS, load_machine, preset
 from sp_backend.report import as_text, size
 from sp_backend.shape import ModelShape
-from sp_backend.strategies import FLAGS, STRATEGIES, Options, Variant, variants
+from sp_backend.strategies import FLAGS, STRATEGIES, Options, Variant
 from sp_backend.strategies.mapping import read_cycles
 from sp_backend.topology import Machine
 from sp_backend.written import write_json, write_plot, write_timeline
-
-BAR_AFTER = 1.0  # seconds
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,6 +64,7 @@ def _arguments() -> argparse.ArgumentParser:
     model.add_argument("--head-dim", type=int, metavar="N", help="(default: 128)")
     model.add_argument("--layers", type=int, metavar="N", help="rank by the time of a forward pass of N layers")
     model.add_argument("--dense-params", type=float, metavar="N", help="parameters of all layers, with --layers")
+    model.add_argument("--hidden-size", type=int, metavar="N", help="layout heads (default: heads x head dim)")
     model.add_argument("--dtype", choices=tuple(ITEMSIZE), help="(default: bfloat16)")
     batch = parser.add_argument_group("batch")
     batch.add_argument("--new-tokens", type=int, nargs="+", metavar="N", help="of each prompt")
@@ -85,6 +84,7 @@ def _arguments() -> argparse.ArgumentParser:
         "--sp-num-rings", type=int, metavar="N", help="hamilton: rings that each carry a piece of the keys"
     )
     plans.add_argument("--sp-ranks-per-node", type=int, metavar="N", help="hamilton: links between nodes once a step")
+    plans.add_argument("--sp-redundant-kv", action="store_true", help="sharded_q: each rank computes all new keys")
     plans.add_argument("--sp-mapping", metavar="FILE", help="hamilton: rings of your own")
     plans.add_argument("--all", action="store_true", help=f"every variant, of more than {MOST_RANKS_OF_ALL} ranks too")
     output = parser.add_argument_group("output")
@@ -96,7 +96,8 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    comparison = Comparison(_question(args), _bar)
+    is_long = args.all or args.plot is not None or args.strategy is not None
+    comparison = Comparison(_question(args), _bar if is_long else iter)
     written = []
     for flag, write in (("--json", write_json), ("--timeline", write_timeline), ("--plot", write_plot)):
         file = getattr(args, flag.removeprefix("--"))
@@ -109,16 +110,14 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _bar(variants: Sequence[Variant]) -> Iterator[Variant]:
-    """Goes through them with a bar on a terminal that takes long."""
-    if not sys.stderr.isatty():
-        yield from variants
-        return
-    from tqdm import tqdm  # only here, as it takes a tenth of the time of a usual question to import
+    """Goes through them with a bar on a terminal, which names the one at work."""
+    from tqdm import tqdm  # here, as a quick question needs none
 
-    with tqdm(variants, unit="plan", disable=None, delay=BAR_AFTER, leave=False) as bar:
-        for variant in bar:
+    with tqdm(total=len(variants), unit="plan", disable=None, leave=False) as bar:
+        for variant in variants:
             bar.set_postfix_str(str(variant))
             yield variant
+            bar.update()
 
 
 # From flags to a question
@@ -129,7 +128,7 @@ def _question(args: argparse.Namespace) -> Question:
         raise ValueError("--topology is missing: a JSON file or a preset such as nvlink4-8 (see --list-topologies)")
     shape = _shape(args)
     machine = _machine(args)
-    return Question(
+    question = Question(
         machine=machine,
         shape=shape,
         batch=_batch(args),
@@ -138,8 +137,8 @@ def _question(args: argparse.Namespace) -> Question:
         page_size=_at_least(1, "--page-size", args.page_size),
         every_option=args.all,
         whole_step=args.model is not None or args.layers is not None,
-        forced=_forced(args, machine.num_ranks, shape.num_heads),
     )
+    return replace(question, forced=_forced(args, question))
 
 
 def _machine(args: argparse.Namespace) -> Machine:
@@ -152,36 +151,48 @@ def _machine(args: argparse.Namespace) -> Machine:
 
 
 def _shape(args: argparse.Namespace) -> ModelShape:
-    """The flags given, over the model's sizes."""
-    sizes: dict[str, Any] = {"head_dim": 128, "layers": 1, "dense_params": 0.0, "dtype": "bfloat16"}
-    if args.model is not None:
-        model = _model(args.model)
-        sizes = {"heads": model.num_heads, "kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
-        sizes |= {"layers": model.num_layers, "dtype": model.dtype}
-        sizes["dense_params"] = model.layer_parameters * (args.layers or model.num_layers)
-    names = ("heads", "kv_heads", "head_dim", "layers", "dense_params", "dtype")
-    sizes |= {name: value for name in names if (value := getattr(args, name)) is not None}
-    if "heads" not in sizes:
-        raise ValueError("--heads is missing: give the model's query heads, or --model FOLDER")
-    sizes.setdefault("kv_heads", sizes["heads"])
-    for name in ("heads", "kv_heads", "head_dim", "layers"):
+    sizes = _sizes(args)
+    for name in ("heads", "kv_heads", "head_dim", "layers", "hidden_size"):
         _at_least(1, f"--{name.replace('_', '-')}", sizes[name])
     if sizes["heads"] % sizes["kv_heads"]:
         raise ValueError(
             f"--kv-heads {sizes['kv_heads']} does not divide --heads {sizes['heads']}: a KV head serves equally many"
         )
-    if not 0 <= sizes["dense_params"] < math.inf:
-        raise ValueError(f"--dense-params {sizes['dense_params']}: a number, at least 0, is needed")
-    if sizes["dense_params"] and args.model is None and args.layers is None:
+    dense = sizes["dense_params"]
+    if not 0 <= dense < math.inf:
+        raise ValueError(f"--dense-params {dense}: a number, at least 0, is needed")
+    if dense and args.model is None and args.layers is None:
         raise ValueError("--dense-params needs --layers: they are the parameters of all layers")
+    of_kv = 2 * sizes["layers"] * sizes["hidden_size"] * sizes["kv_heads"] * sizes["head_dim"]
+    if args.sp_layout == "heads" and args.layers is not None and dense < of_kv:
+        raise ValueError(
+            f"--dense-params {dense:g}: layout heads needs at least the projections to keys and values, {of_kv:g} for "
+            f"--layers {sizes['layers']} of --hidden-size {sizes['hidden_size']}"
+        )
     return ModelShape(
         num_heads=sizes["heads"],
         num_kv_heads=sizes["kv_heads"],
         head_dim=sizes["head_dim"],
         num_layers=sizes["layers"],
         itemsize=ITEMSIZE[sizes["dtype"]],
-        dense_flops=2 * sizes["dense_params"],
+        dense_flops=2 * dense,
+        kv_flops=2 * of_kv,
     )
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags given, over the model's sizes."""
+    sizes: dict[str, Any] = {"head_dim": 128, "layers": 1, "dense_params": 0.0, "dtype": "bfloat16"}
+    if args.model is not None:
+        model = _model(args.model)
+        sizes = {"heads": model.num_heads, "kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
+        sizes |= {"layers": model.num_layers, "hidden_size": model.hidden_size, "dtype": model.dtype}
+        sizes["dense_params"] = model.layer_parameters * (args.layers or model.num_layers)
+    names = ("heads", "kv_heads", "head_dim", "layers", "hidden_size", "dense_params", "dtype")
+    sizes |= {name: value for name in names if (value := getattr(args, name)) is not None}
+    if "heads" not in sizes:
+        raise ValueError("--heads is missing: give the model's query heads, or --model FOLDER")
+    return {"kv_heads": sizes["heads"], "hidden_size": sizes["heads"] * sizes["head_dim"]} | sizes
 
 
 def _model(folder: str) -> ModelConfig:
@@ -208,13 +219,15 @@ def _batch(args: argparse.Namespace) -> list[tuple[int, int]]:
     return list(zip(args.new_tokens, cached, strict=True))
 
 
-def _forced(args: argparse.Namespace, num_ranks: int, num_heads: int) -> Variant | None:
+def _forced(args: argparse.Namespace, question: Question) -> Variant | None:
+    num_ranks = question.machine.num_ranks
     options = Options(
         window_size=args.sp_window_size,
         ulysses_degree=args.sp_ulysses_degree,
         ring_inside=args.sp_ring_inside,
         num_rings=args.sp_num_rings,
         ranks_per_node=args.sp_ranks_per_node,
+        redundant_kv=args.sp_redundant_kv,
         cycles=None if args.sp_mapping is None else read_cycles(args.sp_mapping),
     )
     given = [FLAGS.get(name, f"--sp-{name.replace('_', '-')}") for name in options.given()]
@@ -223,8 +236,7 @@ def _forced(args: argparse.Namespace, num_ranks: int, num_heads: int) -> Variant
         if given:
             raise ValueError(f"{given[0]} needs a --strategy that takes it")
         return None
-    off = [OFF] if args.sp_layout == "tokens" else []
-    named = {str(v): v for v in [*off, *variants(num_ranks, num_heads, args.sp_layout)]}
+    named = {str(v): v for v in question.variants()}
     if args.strategy in named and not given:
         return named[args.strategy]
     fitting = [name for name, row in STRATEGIES.items() if row.layout == args.sp_layout]

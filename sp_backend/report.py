@@ -21,12 +21,13 @@ def why(comparison: Comparison) -> str:
     if question.whole_step:
         share = question.shape.num_layers * best.cost.seconds / best.cost.step_seconds
         told += f" Attention is {share:.0%} of the step's {milliseconds(best.cost.step_seconds)}."
-    others = [c for _, c in comparison.of_each_strategy() if c.variant.strategy != best.variant.strategy]
+    others = comparison.rivals()
     equal = [str(c.variant) for c in others if comparison.ratio(c) < 1 + TIE]
     if equal:
         return f"{told} Within {TIE:.0%} of it, which no prediction tells apart: {', '.join(equal)}."
     if others:
-        told += f" The next strategy, {others[0].variant}, takes {comparison.ratio(others[0]):.2f}x: "
+        what = "plan" if others[0].variant.strategy == best.variant.strategy else "strategy"
+        told += f" The next {what}, {others[0].variant}, takes {comparison.ratio(others[0]):.2f}x: "
         told += f"{_loss(comparison, others[0])}."
     return told
 
@@ -66,6 +67,9 @@ def _loss(comparison: Comparison, other: Candidate) -> str:
     if question.whole_step:
         dense = [c.cost.step_seconds - layers * c.cost.seconds for c in (best, other)]
         lost["its dense work takes"] = dense[1] - dense[0]
+    else:
+        projections = [comparison.projection_seconds(c) for c in (best, other)]
+        lost["its projections to keys and values take"] = projections[1] - projections[0]
     most = max(lost, key=lost.__getitem__)
     more = f"{most} {milliseconds(lost[most])} more"
     if most != "it exposes":
@@ -99,23 +103,31 @@ def _asked(question: Question) -> str:
 
 
 def _ranking(comparison: Comparison) -> str:
-    title = (
-        f"{_number(len(comparison.ranked), 'candidate')}, the best variant of each strategy; ms of a layer's attention"
-    )
-    title += _left_out(comparison)
+    question = comparison.question
+    title = _number(len(comparison.ranked), "candidate")
+    title += ", the best variant of each strategy; ms of a layer's attention"
     header = ["#", "plan", "attention", "exposed", "hidden", "ratio", "busiest link", "all links"]
-    if comparison.question.whole_step:
+    if question.whole_step:
         header.insert(2, "whole step")
+    elif question.layout == "heads":
+        header.insert(3, "K/V")
+        title += ' and of its projections to new keys and values ("K/V")'
     rows = [header]
     for place, c in comparison.of_each_strategy():
         cost, pair = c.cost, busiest_link(c)
-        row = [str(place), str(c.variant), *(f"{x * 1e3:.3f}" for x in (cost.seconds, cost.exposed, cost.hidden))]
+        row = [str(place), str(c.variant), *map(_ms, (cost.seconds, cost.exposed, cost.hidden))]
         link = f"{size(cost.link_bytes[pair])} {pair[0]}>{pair[1]}" if pair else "-"
         row += [f"{comparison.ratio(c):.2f}", link, size(cost.total_bytes) if pair else "-"]
-        if comparison.question.whole_step:
+        if question.whole_step:
             row.insert(2, f"{cost.step_seconds * 1e3:.1f}")
+        elif question.layout == "heads":
+            row.insert(3, _ms(comparison.projection_seconds(c)))
         rows.append(row)
-    return f"{title}\n{_aligned(rows)}"
+    return f"{title}{_left_out(comparison)}\n{_aligned(rows)}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
 
 
 def _left_out(comparison: Comparison) -> str:

@@ -113,6 +113,7 @@ def _row(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:
         "degree": candidate.degree,
         "ratio": comparison.ratio(candidate),
         "attention_seconds": cost.seconds,
+        "projection_seconds": comparison.projection_seconds(candidate),
         "step_seconds": cost.step_seconds,
         "compute_seconds": spent.compute,
         "exposed_seconds": cost.exposed,

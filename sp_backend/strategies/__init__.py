@@ -40,6 +40,7 @@ class Options:
     num_rings: int | None = None  # hamilton: 1 to degree - 1
     cycles: tuple[tuple[int, ...], ...] | None = None  # hamilton: edge-disjoint, each lists all ranks once
     ranks_per_node: int | None = None  # hamilton: paths that use each rank's link to another node once a step
+    redundant_kv: bool = False  # sharded_q: every rank computes keys and values of all new tokens
 
     def __post_init__(self) -> None:
         if self.cycles is not None:  # lists would not do as a key
@@ -55,6 +56,7 @@ FLAGS = {  # the server's command line
     "ulysses_degree": "--sp-ulysses-degree",
     "num_rings": "--sp-num-rings",
     "cycles": "--sp-mapping",
+    "redundant_kv": "--sp-redundant-kv",
 }
 
 
@@ -144,7 +146,13 @@ STRATEGIES: dict[str, Strategy] = {
     ),
     "double_ring": Strategy(double_ring.build, SPREAD, ("window_size",), double_ring.windows, layout="tokens"),
     "sharded_q": Strategy(
-        sharded_q.build, ("heads",), useful=sharded_q.fits, layout="heads", calls=lambda n, _: 1, sharers=_all
+        sharded_q.build,
+        ("heads",),
+        ("redundant_kv",),
+        sharded_q.fits,
+        layout="heads",
+        calls=lambda n, _: 1,
+        sharers=_all,
     ),
     "decode": Strategy(decode.build, ("home", "heads"), calls=lambda n, _: 1, sharers=_all),
     "local": Strategy(local.build, ("home",), history="own", calls=lambda n, _: 1),

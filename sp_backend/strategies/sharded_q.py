@@ -7,6 +7,8 @@ the new tokens' keys and values were computed everywhere, and only history trave
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from sp_backend.columns import Draft
@@ -14,7 +16,9 @@ from sp_backend.layout import KV, Layout
 from sp_backend.plan import Plan
 
 
-def build(layout: Layout) -> Plan:
+def build(layout: Layout, redundant_kv: bool = False) -> Plan:
+    """redundant_kv: so even if the layout is not."""
+    layout = replace(layout, redundant_kv=layout.redundant_kv or redundant_kv)
     number, draft = layout.num_ranks, Draft(layout)
     heads = np.array([layout.heads_of(r) for r in range(number)]).T
     q, shard = np.array(layout.all_q()), np.array([_shard(layout, r) for r in range(number)], int)

@@ -121,6 +121,47 @@ def test_a_strategy_that_is_asked_for_is_shown_even_if_it_is_no_candidate() -> N
     assert as_data(comparison)["plan"]["name"] == str(asked)
 
 
+# Layout heads
+
+
+def heads(new: int) -> Comparison:
+    shape = replace(GQA, kv_flops=4.0 * 8192 * GQA.num_kv_heads * GQA.head_dim)
+    return compare("nvlink4-8", new, layout="heads", shape=shape)
+
+
+@pytest.mark.parametrize(("new", "redundant"), [(64, True), (4096, False)])
+def test_layout_heads_has_exchanged_and_redundant_kv(new: int, redundant: bool) -> None:
+    """What redundant KV saves in messages it loses in projections."""
+    comparison = heads(new)
+    best, other = comparison.ranked
+    assert (best.variant.options.redundant_kv, other.variant.options.redundant_kv) == (redundant, not redundant)
+    sent = {c.variant.options.redundant_kv: c.cost.total_bytes for c in comparison.ranked}
+    assert sent[True] == 0 < sent[False]
+    told = as_text(comparison)
+    assert "sharded_q(redundant_kv)" in told and " K/V " in told
+    assert f"The next plan, {other.variant}, takes" in told
+
+
+def test_projections_of_layout_heads_are_counted_and_repeated_under_redundant_kv() -> None:
+    comparison = heads(4096)
+    found = {c.variant.options.redundant_kv: comparison.projection_seconds(c) for c in comparison.ranked}
+    shape, rates = comparison.question.shape, comparison.question.machine.rates
+    assert found[True] == pytest.approx(4096 * shape.kv_flops / rates.dense_flops)
+    assert found[True] == pytest.approx(8 * found[False])
+    for c in comparison.ranked:
+        assert comparison.seconds(c) == c.cost.seconds + found[c.variant.options.redundant_kv]
+
+
+def test_layout_heads_takes_the_hidden_size_from_the_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*"--topology nvlink4-8 --heads 64 --kv-heads 8 --sp-layout heads --new-tokens 4096".split()]
+    explain.main(asked)
+    told = capsys.readouterr().out
+    explain.main([*asked, "--hidden-size", "8192"])
+    assert capsys.readouterr().out == told
+    explain.main([*asked, "--strategy", "sharded_q", "--sp-redundant-kv"])
+    assert "sharded_q(redundant_kv): layout heads" in capsys.readouterr().out
+
+
 # Why the first one wins
 
 
@@ -235,12 +276,13 @@ def test_a_plot_of_many_ranks_has_strategies_that_cannot_win_at_the_length_asked
 
 def test_long_work_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [*ASKED, "--new-tokens", "512"]
-    explain.main(asked)
+    explain.main([*asked, "--all"])
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(explain, "BAR_AFTER", 0)
     explain.main(asked)
-    assert re.search(r"\d+/\d+ .*plan", capsys.readouterr().err)
+    assert capsys.readouterr().err == ""
+    explain.main([*asked, "--all"])
+    assert re.search(r"0/21 .*plan/s, all_gather_kv\]", capsys.readouterr().err)
 
 
 def test_topologies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,6 +344,15 @@ def test_a_topology_may_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --strategy ulysses --sp-degree 3", "--sp-degree 3: 4 ranks"),
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --model nowhere", "--model: nowhere: no such folder"),
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --json nowhere/x", "--json nowhere/x: cannot be written"),
+        (
+            "--topology nvlink4-4 --heads 6 --new-tokens 5 --sp-layout heads",
+            "6 query heads cannot be divided over 4",
+        ),
+        (
+            "--topology nvlink4-4 --heads 8 --new-tokens 5 --sp-layout heads --layers 2",
+            "--dense-params 0: layout heads needs at least the projections to keys and values, 4.1943e+06",
+        ),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 5 --sp-redundant-kv", "--sp-redundant-kv needs a --strategy"),
         ("--topology nvlink4-4 --heads 8 --new-tokens five", "--new-tokens: invalid int value"),
     ],
 )
