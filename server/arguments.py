@@ -29,13 +29,31 @@ STRATEGIES = {  # by layout
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+ELSEWHERE = {  # flags of SGLang and vLLM that people bring along: what to do here
+    "--attn-cp-size": "use --sp-size",
+    "--decode-context-parallel-size": "use --sp-size, for decode too",
+    "--dp-size": "start a server for each replica",
+    "--enable-cache-report": "leave it out: usage always tells cached tokens",
+    "--enable-chunked-prefill": "leave it out: --chunked-prefill-size is always obeyed",
+    "--enable-metrics": "leave it out: /metrics is always there",
+    "--enable-prefix-caching": "leave it out: prefixes are cached unless --disable-radix-cache",
+    "--kv-cache-dtype": "keys and values have the --dtype of the model",
+    "--pp-size": "use --sp-size or --tp-size",
+    "--prefill-context-parallel-size": "use --sp-size",
+    "--quantization": "quantised weights are not supported",
+    "--revision": "models are local folders: give the one of that revision",
+    "--trust-remote-code": "leave it out: no code comes from model folders",
+}
+
+
 class UsageError(ValueError):
     """The command line asks for something impossible. One line; exit code 2."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        hints = [f"{flag}: {hint}" for flag, hint in ELSEWHERE.items() if flag in message.replace("=", " ").split()]
+        raise UsageError("; ".join([message, *hints]))
 
 
 def token_count(text: str) -> int:
@@ -100,6 +118,8 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=30000, help="0: any free port")
     add("--api-key", metavar="KEY", help="required as `Authorization: Bearer KEY`")
+    add("--ssl-certfile", metavar="FILE", help="serve HTTPS with this certificate chain (PEM)")
+    add("--ssl-keyfile", metavar="FILE", help="its private key, if that is in another file")
     add("--queue-full-status", type=int, choices=(429, 503), default=429, help="HTTP status when the queue is full")
     add(
         "--sse-keepalive-interval",
@@ -173,7 +193,7 @@ def _add_strategy_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--page-size", type=int, default=64, metavar="TOKENS")
+    add("--page-size", "--block-size", type=int, default=64, metavar="TOKENS")
     add("--max-total-tokens", type=token_count, metavar="N", help="KV cache size over all ranks; accepts 128k")
     add(
         "--mem-fraction-static",
@@ -187,6 +207,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     add("--max-queued-requests", type=int, metavar="N", help="more are refused (default: unlimited)")
     add(
         "--chunked-prefill-size",
+        "--max-num-batched-tokens",
         type=token_count,
         default=SCHEDULER.chunked_prefill_size,
         metavar="TOKENS",
@@ -218,6 +239,13 @@ def _add_operation(group: argparse._ArgumentGroup) -> None:
         default=600.0,
         metavar="SECONDS",
         help="how long SIGTERM lets running requests finish",
+    )
+    add(
+        "--decode-log-interval",
+        type=int,
+        default=SCHEDULER.decode_log_interval,
+        metavar="STEPS",
+        help="decode steps between two lines of the log",
     )
     add("--log-level", choices=LOG_LEVELS, default="info", type=str.lower)
     add("--log-requests", "--enable-log-requests", action="store_true", help="one line for each request")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ssl
 
 from server import machine
 from server.arguments import OFF, STRATEGIES, UsageError
@@ -18,6 +19,7 @@ from sp_backend.strategies.mapping import read_cycles
 def check(args: argparse.Namespace, model: ModelConfig) -> None:
     """Raises UsageError."""
     _check_numbers(args)
+    _check_tls(args)
     _check_context(args, model)
     _check_parallel(args, model)
     _check_kernel(args)
@@ -25,7 +27,8 @@ def check(args: argparse.Namespace, model: ModelConfig) -> None:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    at_least_one = "sp_size tp_size page_size threads_per_rank max_running_requests max_total_tokens context_length"
+    at_least_one = "sp_size tp_size page_size threads_per_rank max_running_requests max_total_tokens context_length "
+    at_least_one += "decode_log_interval"
     for name in at_least_one.split():
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -47,6 +50,22 @@ def _check_numbers(args: argparse.Namespace) -> None:
             f"--chunked-prefill-size {args.chunked_prefill_size}: -1 (off) or at least "
             f"--page-size {args.page_size} is needed"
         )
+
+
+def _check_tls(args: argparse.Namespace) -> None:
+    if args.ssl_certfile is None:
+        if args.ssl_keyfile is not None:
+            raise UsageError("--ssl-keyfile needs --ssl-certfile")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            args.ssl_certfile,
+            args.ssl_keyfile,
+            password=lambda: "",  # else OpenSSL asks the terminal for it
+        )
+    except OSError as error:  # SSLError is one
+        key = "" if args.ssl_keyfile is None else f" --ssl-keyfile {args.ssl_keyfile}"
+        raise UsageError(f"--ssl-certfile {args.ssl_certfile}{key}: {error.strerror or error}") from error
 
 
 def _check_context(args: argparse.Namespace, model: ModelConfig) -> None:

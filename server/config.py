@@ -27,6 +27,8 @@ class HttpConfig:
     host: str
     port: int
     api_key: str | None
+    ssl_certfile: str | None  # None: plain HTTP
+    ssl_keyfile: str | None  # None: the key is in ssl_certfile
     served_model_names: tuple[str, ...]  # the first is the one that /v1/models lists
     queue_full_status: int
     sse_keepalive_interval: float  # seconds; 0: none
@@ -122,6 +124,8 @@ def _http(args: argparse.Namespace, folder: Path) -> HttpConfig:
         host=args.host,
         port=args.port,
         api_key=args.api_key,
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
         served_model_names=tuple(dict.fromkeys(names)),
         queue_full_status=args.queue_full_status,
         sse_keepalive_interval=args.sse_keepalive_interval,
@@ -199,6 +203,7 @@ def _scheduler(args: argparse.Namespace, context_length: int) -> SchedulerConfig
         sp_threshold=context_length + 1 if args.sp_strategy == OFF else args.sp_threshold,
         prefix_cache=not args.disable_radix_cache,
         watchdog_timeout=args.watchdog_timeout,
+        decode_log_interval=args.decode_log_interval,
     )
 
 

@@ -50,6 +50,7 @@ class _Lifecycle:
     def __init__(self, app: FastAPI, service: Service, listener: socket.socket) -> None:
         self._service = service
         self._listener = listener
+        http = service.config.http
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -58,6 +59,8 @@ class _Lifecycle:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                ssl_certfile=http.ssl_certfile,
+                ssl_keyfile=http.ssl_keyfile,
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=LAST_ANSWERS,  # type: ignore[arg-type]
             )
@@ -112,7 +115,8 @@ class _Lifecycle:
     def _announce(self) -> None:
         http = self._service.config.http
         host = f"[{http.host}]" if ":" in http.host else http.host
-        url = f"http://{host}:{self._listener.getsockname()[1]}"
+        scheme = "http" if http.ssl_certfile is None else "https"
+        url = f"{scheme}://{host}:{self._listener.getsockname()[1]}"
         path, body = "completions", {"model": self._service.model_name, "prompt": "def add(a, b):", "max_tokens": 32}
         if self._service.config.why_no_generation is not None:
             path, body = "embeddings", {"model": self._service.model_name, "input": "def add(a, b):"}

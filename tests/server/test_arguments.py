@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import server.machine
-from server.arguments import DEFAULT_MODEL, UsageError, parse
+from server.arguments import DEFAULT_MODEL, ELSEWHERE, UsageError, parse
 from server.config import load
 
 
@@ -50,6 +50,8 @@ def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--mem-fraction-static .3", "mem_fraction_static", 0.3),
         ("--no-enable-prefix-caching", "disable_radix_cache", True),
         ("--disable-radix-cache", "disable_radix_cache", True),
+        ("--max-num-batched-tokens 4k", "chunked_prefill_size", 4000),
+        ("--block-size 16", "page_size", 16),
         ("--chunked-prefill-size -1", "chunked_prefill_size", -1),
         ("--shutdown-timeout 3", "drain_timeout", 3.0),
         ("--log-level INFO", "log_level", "info"),
@@ -64,6 +66,16 @@ def test_names_that_users_type(words: str, name: str, value: object) -> None:
     assert getattr(parse(words.split()), name) == value
 
 
+@pytest.mark.parametrize("flag", ELSEWHERE)
+def test_flags_that_users_bring_along_are_answered(flag: str) -> None:
+    with pytest.raises(UsageError, match=f"{flag}: {ELSEWHERE[flag]}"):
+        parse([flag])
+
+
+def test_intervals_of_the_log() -> None:
+    assert load(["--decode-log-interval", "7"]).scheduler.decode_log_interval == 7
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ending:
         parse(["--version"])
@@ -76,6 +88,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("--sp-size 16", ["--sp-size 16", "--tp-size 1", "16 cores", "12", "--oversubscribe"]),
         ("--sp-size 0", ["--sp-size 0", "at least 1"]),
         ("--max-total-tokens lots", ["--max-total-tokens", "'lots'", "4096 or 128k"]),
+        ("--decode-log-interval 0", ["--decode-log-interval 0", "at least 1"]),
+        ("--ssl-keyfile key.pem", ["--ssl-keyfile needs --ssl-certfile"]),
+        ("--ssl-certfile nowhere.pem", ["--ssl-certfile nowhere.pem", "No such file"]),
+        (f"--ssl-certfile {__file__}", [f"--ssl-certfile {__file__}", "PEM"]),
+        ("--enable-metrics --revision=main", ["--enable-metrics: leave it out", "--revision: models are local"]),
+        ("--dp-size 2 --sp 2", ["--dp-size: start a server for each"]),
         ("--tp-size 3", ["--tp-size 3", "12 query heads", "4 KV heads"]),
         ("--sp-size 5 --sp-layout heads", ["--sp-size 5", "--sp-layout heads", "12 query heads"]),
         ("--sp 2 --sp-strategy sharded_q", ["--sp-strategy sharded_q", "--sp-layout tokens", "ring_pass_kv"]),

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
+CERTIFICATE = Path(__file__).with_name("localhost.pem")  # with its key; for 127.0.0.1, signed by itself
 READY = "The server is fired up and ready to roll!"
 
 
@@ -97,6 +99,18 @@ def test_ready_once_then_a_clean_end(start: Start, number: int, said: str) -> No
     assert curl.startswith(f"curl {process.url}/v1/completions -H 'Authorization: Bearer ")
     assert "k3y" not in output + errors and "Traceback" not in errors
     assert "max_total_num_tokens=12800" in errors and said in errors
+
+
+def test_https(start: Start) -> None:
+    process = start({}, "--ssl-certfile", str(CERTIFICATE))
+    assert process.url.startswith("https://") and f"curl {process.url}/v1/" in process.output
+    trusting = ssl.create_default_context(cafile=str(CERTIFICATE))
+    answer = httpx.post(f"{process.url}/v1/completions", json={"prompt": "a b c"}, verify=trusting)
+    assert answer.json()["usage"]["completion_tokens"] == 16
+    with pytest.raises(httpx.TransportError):
+        httpx.get(process.url.replace("https", "http"))
+    process.signal(signal.SIGTERM)
+    assert process.end(5)[0] == 0
 
 
 def test_a_server_that_only_embeds_warms_up_and_says_how_to_use_it(start: Start) -> None:
