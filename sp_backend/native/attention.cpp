@@ -10,24 +10,23 @@ namespace {
 
 template <class T>
 void attend_all(const Problem& p) {
-  std::vector<const Span*> decode;
-  std::vector<Task> direct, packed;
+  std::vector<const Span*> decode, many;
+  std::vector<Task> direct;
   int64_t num_heads = 0, group = 0;
   for (const Heads& h : p.heads) num_heads += h.group, group = std::max(group, h.group);
   for (const Span& s : p.spans) {
     if (s.queries() == 0) continue;
     if (s.queries() * group <= kFewRows) {
       decode.push_back(&s);
-      continue;
-    }
-    for (const Heads& h : p.heads) {
-      const Task task{&s, h, 0, s.queries(), {0, s.keys()}, -1, p.merge};
-      (s.queries() * h.group <= kTileRows ? direct : packed).push_back(task);
+    } else if (s.queries() * group <= kTileRows) {
+      for (const Heads& h : p.heads) direct.push_back({&s, h, 0, s.queries(), {0, s.keys()}, -1, p.merge});
+    } else {
+      many.push_back(&s);
     }
   }
   if (!decode.empty()) attend_decode<T>(p, decode, num_heads);
   if (!direct.empty()) parallel(direct.size(), [&](int64_t i) { attend<T>(p, direct[i], nullptr, nullptr); });
-  if (!packed.empty()) attend_packed<T>(p, packed);
+  if (!many.empty()) attend_packed<T>(p, units_of(many, p.heads));
   at::native::cpublas::brgemm_release(sizeof(T) == 2);
 }
 

@@ -199,10 +199,10 @@ void put(const float* out, float by, float lse, float* to_out, float* to_lse, in
   float keep = 0.0f;
   if (merge) {
     if (lse == -INFINITY) return;
-    const float top = std::max(*to_lse, lse), old = std::exp(*to_lse - top), add = std::exp(lse - top);
-    keep = old / (old + add);
-    by *= add / (old + add);
-    lse = top + std::log(old + add);
+    const float apart = lse - *to_lse, less = std::exp(-std::abs(apart)), share = less / (1 + less);
+    keep = apart > 0 ? share : 1 - share;
+    by *= 1 - keep;
+    lse = std::max(*to_lse, lse) + std::log(1 + less);
   }
   *to_lse = lse;
   if (keep == 0.0f) {

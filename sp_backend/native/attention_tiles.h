@@ -143,7 +143,7 @@ void attend_block(const Problem& p, Tile<T>& t, int64_t group, int64_t at, Range
     }
     const float* scores = t.s + i * ld;
     const float top = std::max(t.top[i], row_max(scores, seen) * p.scale);
-    const float shrink = std::exp2(t.top[i] - top);
+    const float shrink = t.top[i] == top ? 1.0f : std::exp2(t.top[i] - top);
     if (shrink != 1.0f && !first) multiply(t.out + i * p.dim, shrink, p.dim);
     t.top[i] = top;
     t.sum[i] = t.sum[i] * shrink + row_exp(scores, probabilities, seen, n, p.scale, top);
@@ -158,7 +158,25 @@ struct Task {  // queries [q_lo, q_hi) of a span, keys [keys.lo, keys.hi)
   Range keys;
   int64_t packed;  // where they lie in the packed keys, in elements; < 0: packed as it goes
   bool merge;
+
+  // What a row of its tile is about.
+  template <class U>
+  U* of(const Strided& x, int64_t row) const {
+    return x.at<U>(span->q_lo + q_lo + row / heads.group, heads.q + row % heads.group);
+  }
 };
+
+// Merging is going on from the result that is there: as if its keys had been seen in this tile, each row's sum of
+// exponentials being 1 at its lse.
+template <class T>
+void resume(const Problem& p, const Task& task, Tile<T>& t) {
+  for (int64_t i = 0; i < t.rows; i++) {
+    const float lse = *task.of<float>(p.lse, i);
+    std::copy_n(task.of<float>(p.out, i), p.dim, t.out + i * p.dim);
+    t.top[i] = lse * kLog2e;
+    t.sum[i] = lse == -INFINITY ? 0.0f : 1.0f;
+  }
+}
 
 template <class T>
 void attend(const Problem& p, const Task& task, const T* packed_k, const T* packed_v) {
@@ -172,12 +190,12 @@ void attend(const Problem& p, const Task& task, const T* packed_k, const T* pack
     const Range r = p.visible(s, task.q_lo + i);
     t.seen[i] = {std::max(r.lo, task.keys.lo), std::min(r.hi, task.keys.hi)};
     if (t.seen[i].lo < t.seen[i].hi) all = {std::min(all.lo, t.seen[i].lo), std::max(all.hi, t.seen[i].hi)};
-    for (int64_t g = 0; g < group; g++)
-      std::copy_n(p.q.at<T>(s.q_lo + task.q_lo + i, task.heads.q + g), dim, t.q + (i * group + g) * dim);
   }
+  if (task.merge) resume(p, task, t);
+  for (int64_t i = 0; i < t.rows; i++) std::copy_n(task.of<T>(p.q, i), dim, t.q + i * dim);
   std::fill(t.q + t.rows * dim, t.q + t.padded * dim, T(0));
   const int64_t base = packs ? all.lo : task.keys.lo;
-  bool first = true;
+  bool first = !task.merge;
   for (int64_t at = base + (all.lo - base) / ld * ld; at < all.hi; at += ld, first = false) {
     const Range block{std::max(at, at + (all.lo - at) / kStep * kStep), std::min(at + ld, all.hi)};
     if (packs) pack<T>(p, s, task.heads.k, at, block.hi - at, ld, t.k, t.v);
@@ -186,16 +204,43 @@ void attend(const Problem& p, const Task& task, const T* packed_k, const T* pack
   }
   if (first) std::fill(t.out, t.out + t.rows * dim, 0.0f);
   for (int64_t i = 0; i < t.rows; i++) {
+    if (task.merge && t.seen[i / group].hi <= t.seen[i / group].lo) continue;
     const bool blind = t.sum[i] == 0.0f;
     const float lse = blind ? -INFINITY : kLn2 * (t.top[i] + std::log2(t.sum[i])), by = blind ? 0.0f : 1 / t.sum[i];
-    const int64_t row = s.q_lo + task.q_lo + i / group, head = task.heads.q + i % group;
-    put(t.out + i * dim, by, lse, p.out.at<float>(row, head), p.lse.at<float>(row, head), dim, task.merge);
+    put(t.out + i * dim, by, lse, task.of<float>(p.out, i), task.of<float>(p.lse, i), dim, false);
   }
+}
+
+// Cuts a task into tiles; under a causal mask, the longest first.
+void add_tiles(const Task& task, std::vector<Task>& tiles) {
+  const int64_t step = std::max<int64_t>(kTileRows / task.heads.group, 1);
+  for (int64_t q = (task.q_hi - 1) / step * step; q >= 0; q -= step) {
+    tiles.push_back(task);
+    tiles.back().q_lo = q, tiles.back().q_hi = std::min(q + step, task.q_hi);
+  }
+}
+
+// Spans that start at the same key, the longest first, for one KV head: their keys are packed once.
+struct Unit {
+  std::vector<const Span*> spans;
+  Heads heads;
+};
+
+std::vector<Unit> units_of(std::vector<const Span*> spans, const std::vector<Heads>& heads) {
+  std::sort(spans.begin(), spans.end(), [](const Span* a, const Span* b) {
+    return a->k_lo != b->k_lo ? a->k_lo < b->k_lo : a->keys() > b->keys();
+  });
+  std::vector<Unit> units;
+  for (size_t first = 0, last; first < spans.size(); first = last) {
+    for (last = first; last < spans.size() && spans[last]->k_lo == spans[first]->k_lo;) last++;
+    for (const Heads& h : heads) units.push_back({{spans.begin() + first, spans.begin() + last}, h});
+  }
+  return units;
 }
 
 // The other spans, a part of their keys at a time.
 template <class T>
-void attend_packed(const Problem& p, const std::vector<Task>& units) {
+void attend_packed(const Problem& p, const std::vector<Unit>& units) {
   const int64_t most = std::max<int64_t>(kPackedBytes / (2 * p.dim * sizeof(T)) / kBlock, 1) * kBlock;  // keys
   thread_local Scratch keys, values;
   std::vector<Task> packs, tiles;
@@ -209,28 +254,23 @@ void attend_packed(const Problem& p, const std::vector<Task>& units) {
     parallel(tiles.size(), [&](int64_t i) { attend<T>(p, tiles[i], k, v); });
     packs.clear(), tiles.clear(), used = 0;
   };
-  for (const Task& unit : units) {
-    for (int64_t lo = 0; lo == 0 || lo < unit.keys.hi;) {
+  for (const Unit& unit : units) {
+    const int64_t num_keys = unit.spans[0]->keys();
+    for (int64_t lo = 0; lo == 0 || lo < num_keys;) {
       if (used == most) flush();
-      Task task = unit;
-      task.keys = {lo, std::min(unit.keys.hi, lo + most - used)};
-      task.packed = used * p.dim;
-      task.merge = unit.merge || lo > 0;
-      for (int64_t at = task.keys.lo; at < task.keys.hi; at += kBlock) {
-        Task part = task;
-        part.keys = {at, std::min(at + kBlock, task.keys.hi)};
-        part.packed = (used + at - task.keys.lo) * p.dim;
-        packs.push_back(part);
+      const int64_t hi = std::min(num_keys, lo + most - used);
+      for (int64_t at = lo; at < hi; at += kBlock) {
+        const Range block{at, std::min(at + kBlock, hi)};
+        packs.push_back({unit.spans[0], unit.heads, 0, 0, block, (used + at - lo) * p.dim, false});
       }
-      const int64_t step = std::max<int64_t>(kTileRows / task.heads.group, 1);
-      for (int64_t q = (task.q_hi - 1) / step * step; q >= 0; q -= step) {  // under a causal mask, the longest first
-        Task tile = task;
-        tile.q_lo = q, tile.q_hi = std::min(q + step, task.q_hi);
-        tiles.push_back(tile);
-      }
-      used += round_up(task.keys.hi - task.keys.lo, kBlock);
-      lo = std::max<int64_t>(task.keys.hi, 1);
-      if (lo < unit.keys.hi) flush();  // parts of one span's keys are merged one after the other
+      for (const Span* span : unit.spans)
+        if (lo == 0 || lo < span->keys()) {
+          const Range seen{lo, std::min(hi, span->keys())};
+          add_tiles({span, unit.heads, 0, span->queries(), seen, used * p.dim, p.merge || lo > 0}, tiles);
+        }
+      used += round_up(hi - lo, kBlock);
+      lo = std::max<int64_t>(hi, 1);
+      if (lo < num_keys) flush();  // parts of one span's keys are merged one after the other
     }
   }
   flush();

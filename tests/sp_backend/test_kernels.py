@@ -228,6 +228,34 @@ def test_a_result_is_folded_into_a_given_state(name: str, heads: HeadMap, length
     assert torch.equal(larger.lse[~touched], before.lse[~touched])
 
 
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
+def test_spans_that_start_at_the_same_key(name: str, causal: bool, merge: bool) -> None:
+    """As the two chunks of a zigzag rank do: one sees as many keys as the other, fewer, or none."""
+    heads, ends = HeadMap(0, 4, 2), [700, 1300, 1300, 40, 0]
+    spans = [Span(200 * i, 200 * (i + 1), 3, 3 + end) for i, end in enumerate(ends)] + [Span(1000, 1150, 0, 90)]
+    work = Work(tuple(spans), causal, heads, 16, scale=0.3, num_queries=1150)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1150, 4, 16, generator=generator, dtype=torch.float64)
+    kv = torch.randn(1303, 2, 2, 16, generator=generator, dtype=torch.float64)
+    into = AttentionState(torch.randn(1150, 4, 16, generator=generator), torch.randn(1150, 4, generator=generator))
+    alone = get_kernel("reference")(work)(q.float(), kv.float())
+    want = into.merge(alone) if merge else alone
+    state = get_kernel(name)(work)(q.float(), kv.float(), into, merge)
+    assert max(differences(state, want)) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("lse", [-1000.0, 1000.0])
+def test_a_result_far_above_or_below_a_given_state(name: str, lse: float) -> None:
+    work, q, kv = make_work([(200, 300)], heads=HeadMap(0, 4, 2))
+    into = AttentionState(torch.ones(len(q), 4, 16), torch.full((len(q), 4), lse))
+    alone = get_kernel("reference")(work)(q.float(), kv.float())
+    want = into.merge(alone)
+    assert max(differences(get_kernel(name)(work)(q.float(), kv.float(), into), want)) < 2e-4
+
+
 @pytest.mark.parametrize("name", [*FAST, "reference"])
 @pytest.mark.parametrize("lengths", [[(4, 9)] * 3, [(5, 70), (1, 1), (0, 9), (9, 0)], [(30, 7)], [(1, 300)]], ids=str)
 @pytest.mark.parametrize("heads", HEAD_MAPS, ids=str)
