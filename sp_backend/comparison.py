@@ -108,17 +108,18 @@ class Comparison:
         self.ranked: list[Candidate] = []
         self.bounded: list[Bounded] = []
         self._first = cache(question.machine.first)
-        least = {variant: self._least(variant) for variant in question.candidates()}
+        candidates = question.candidates()
+        least = {variant: self._least(variant) for variant in candidates}
         best = math.inf
         for variant in self._show(sorted(least, key=least.__getitem__)):
-            every = question.exhaustive or variant == question.forced
+            every = question.exhaustive or variant in (question.forced, OFF)
             bounded = None if every else self._bounded(variant, least[variant], best)
             if bounded is not None:
                 self.bounded.append(bounded)
                 continue
             self.ranked.append(self._costed(variant))
             best = min(best, self.seconds(self.ranked[-1]))
-        self.ranked.sort(key=self.seconds)
+        self.ranked.sort(key=lambda c: (self.seconds(c), candidates.index(c.variant)))
         self.best = self.ranked[0]
         self.shown = next((c for c in self.ranked if c.variant == question.forced), self.best)
         prove(self.shown.plan)
@@ -195,6 +196,25 @@ class Comparison:
                 rows.append((place, candidate))
             seen.add(strategy)
         return rows
+
+    def beaten(self) -> list[Bounded]:
+        """The variant of each strategy that takes least, of strategies none of which was costed."""
+        costed = {c.variant.strategy for c in self.ranked}
+        least: dict[str, Bounded] = {}
+        for b in sorted(self.bounded, key=lambda b: b.seconds):
+            if not b.slow and b.variant.strategy not in costed:
+                least.setdefault(b.variant.strategy, b)
+        return list(least.values())
+
+    def of_each_degree(self) -> list[tuple[int, Variant, float, bool]]:
+        """By ranks that share a prompt: the best variant, its seconds, and whether they are no more than a bound."""
+        found = [(self.seconds(c), False, c.variant) for c in self.ranked]
+        found += [(b.seconds, True, b.variant) for b in self.bounded if not b.slow]
+        best: dict[int, tuple[int, Variant, float, bool]] = {}
+        for seconds, bounded, variant in sorted(found, key=lambda x: x[0]):
+            degree = self.question.degree(variant)
+            best.setdefault(degree, (degree, variant, seconds, bounded))
+        return [best[degree] for degree in sorted(best)]
 
     def rivals(self) -> list[Candidate]:
         """What the best is compared with: the best variant of each other strategy; in layout heads the other one."""

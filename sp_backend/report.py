@@ -7,7 +7,7 @@ from typing import Final
 
 from sp_backend.comparison import Comparison, Question, parts
 from sp_backend.plan import Plan
-from sp_backend.planner import HIDDEN, TIE, Candidate
+from sp_backend.planner import HIDDEN, OFF, TIE, Candidate
 
 _MOST_COLUMNS: Final = 200  # of a plan's table, unless all is asked for
 _MOST_LINES: Final = 40
@@ -80,14 +80,10 @@ def _loss(comparison: Comparison, other: Candidate) -> str:
 
 
 def as_text(comparison: Comparison, whole_plan: bool = False) -> str:
-    return "\n\n".join(
-        [
-            _asked(comparison.question),
-            _ranking(comparison),
-            why(comparison),
-            plan_table(comparison.shown.plan, whole_plan),
-        ]
-    )
+    told = [_asked(comparison.question), _ranking(comparison), why(comparison)]
+    if comparison.question.layout == "tokens" and comparison.question.machine.num_ranks > 1:
+        told.append(_degrees(comparison))
+    return "\n\n".join([*told, plan_table(comparison.shown.plan, whole_plan)])
 
 
 def _asked(question: Question) -> str:
@@ -112,22 +108,50 @@ def _ranking(comparison: Comparison) -> str:
     elif question.layout == "heads":
         header.insert(3, "K/V")
         title += ' and of its projections to new keys and values ("K/V")'
-    rows = [header]
-    for place, c in comparison.of_each_strategy():
-        cost, pair = c.cost, busiest_link(c)
-        row = [str(place), str(c.variant), *map(_ms, (cost.seconds, cost.exposed, cost.hidden))]
-        link = f"{size(cost.link_bytes[pair])} {pair[0]}>{pair[1]}" if pair else "-"
-        row += [f"{comparison.ratio(c):.2f}", link, size(cost.total_bytes) if pair else "-"]
-        if question.whole_step:
-            row.insert(2, f"{cost.step_seconds * 1e3:.1f}")
-        elif question.layout == "heads":
-            row.insert(3, _ms(comparison.projection_seconds(c)))
-        rows.append(row)
-    return f"{title}{_left_out(comparison)}\n{_aligned(rows)}"
+    rows = [(comparison.seconds(c), _row(comparison, place, c)) for place, c in comparison.of_each_strategy()]
+    for b in comparison.beaten():
+        cells = {"plan": str(b.variant), "ratio": f">={b.seconds / comparison.seconds(comparison.best):.2f}"}
+        column, decimals = ("whole step", 1) if question.whole_step else ("attention", 3)
+        cells[column] = f">={_ms(b.seconds, decimals)}"
+        rows.append((b.seconds, cells))
+    rows.sort(key=lambda row: row[0])
+    table = _aligned([header, *([cells.get(name, "-") for name in header] for _, cells in rows)])
+    return f"{title}{_left_out(comparison)}\n{table}"
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3f}"
+def _row(comparison: Comparison, place: int, candidate: Candidate) -> dict[str, str]:
+    """Cells by the names of their columns."""
+    cost, pair = candidate.cost, busiest_link(candidate)
+    cells = {
+        "#": str(place),
+        "plan": str(candidate.variant),
+        "whole step": _ms(cost.step_seconds, 1),
+        "attention": _ms(cost.seconds),
+        "K/V": _ms(comparison.projection_seconds(candidate)),
+        "exposed": _ms(cost.exposed),
+        "hidden": _ms(cost.hidden),
+        "ratio": f"{comparison.ratio(candidate):.2f}",
+    }
+    if pair:
+        cells["busiest link"] = f"{size(cost.link_bytes[pair])} {pair[0]}>{pair[1]}"
+        cells["all links"] = size(cost.total_bytes)
+    return cells
+
+
+def _ms(seconds: float, decimals: int = 3) -> str:
+    return f"{seconds * 1e3:,.{decimals}f}"
+
+
+def _degrees(comparison: Comparison) -> str:
+    """What more ranks for each prompt gain."""
+    question = comparison.question
+    off = next(comparison.seconds(c) for c in comparison.ranked if c.variant == OFF)
+    column, decimals = ("whole step", 1) if question.whole_step else ("attention", 3)
+    rows = [["ranks", "plan", column, "faster than off"]]
+    for degree, variant, seconds, bounded in comparison.of_each_degree():
+        more, less = (">=", "<=") if bounded else ("", "")
+        rows.append([str(degree), str(variant), f"{more}{_ms(seconds, decimals)}", f"{less}{off / seconds:.2f}x"])
+    return f"The best plan of each number of ranks that share a prompt; ms\n{_aligned(rows)}"
 
 
 def _left_out(comparison: Comparison) -> str:
@@ -136,7 +160,7 @@ def _left_out(comparison: Comparison) -> str:
     beaten = [b for b in comparison.bounded if not b.slow]
     if beaten:
         least = milliseconds(min(b.seconds for b in beaten))
-        told += f"\n{len(beaten)} more are slower even if sending were free: they take at least {least}"
+        told += f"\n{len(beaten)} more are slower even if sending were free (>=): they take at least {least}"
     if slow:
         names = ", ".join(f"{b.variant} >= {milliseconds(b.seconds)}" for b in slow)
         told += f"\nnot costed, as so large a plan takes seconds (--all or --strategy does it): {names}"

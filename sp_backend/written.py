@@ -98,6 +98,10 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
         "bounded": [
             {"name": str(b.variant), "at_least_seconds": b.seconds, "slow": b.slow} for b in comparison.bounded
         ],
+        "degrees": [
+            {"degree": degree, "name": str(variant), "seconds": seconds, "at_least": bounded}
+            for degree, variant, seconds, bounded in comparison.of_each_degree()
+        ],
         "candidates": [_row(comparison, c) for c in comparison.ranked],
         "plan": _plan(comparison.shown.plan),
     }

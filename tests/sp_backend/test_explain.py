@@ -109,8 +109,37 @@ def test_of_many_ranks_what_cannot_win_and_what_is_too_large_is_only_bounded() -
     told = as_text(comparison)
     beaten = [b.seconds for b in bounded.values() if not b.slow]
     least = milliseconds(min(beaten))
-    assert f"{len(beaten)} more are slower even if sending were free: they take at least {least}" in told
+    assert f"{len(beaten)} more are slower even if sending were free (>=): they take at least {least}" in told
     assert "not costed, as so large a plan takes seconds" in told and " wins of those costed. " in told
+
+
+def test_strategies_that_are_only_bounded_are_in_the_ranking_with_their_least() -> None:
+    comparison = Comparison(Question(load_machine("nic400-32"), GQA, [(8192, 0)]))
+    lines = as_text(comparison).split("\n")
+    assert comparison.beaten() and not {b.variant.strategy for b in comparison.beaten()} & {
+        c.variant.strategy for c in comparison.ranked
+    }
+    for b in comparison.beaten():
+        assert b.seconds == min(x.seconds for x in comparison.bounded if x.variant.strategy == b.variant.strategy)
+        row = next(line for line in lines if f"  {b.variant} " in line).split()
+        assert row[0] == "-" and row[2] == f">={b.seconds * 1e3:.3f}"
+
+
+@pytest.mark.parametrize("topology", ["nvlink4-8", "nic400-32"])
+def test_what_more_ranks_for_a_prompt_gain_is_told_off_included(topology: str) -> None:
+    comparison = compare(topology, new=65536)
+    found = comparison.of_each_degree()
+    ranks = comparison.question.machine.num_ranks
+    assert [degree for degree, *_ in found] == [d for d in range(1, ranks + 1) if ranks % d == 0]
+    assert found[0][1] == OFF and not found[0][3]
+    for degree, variant, seconds, bounded in found:
+        same = [c for c in comparison.ranked if c.degree == degree]
+        least = [
+            b.seconds for b in comparison.bounded if comparison.question.degree(b.variant) == degree and not b.slow
+        ]
+        assert seconds == min([*map(comparison.seconds, same), *least])
+        assert bounded == (variant not in [c.variant for c in same])
+    assert f"{found[0][2] / found[-1][2]:.2f}x" in as_text(comparison)
 
 
 def test_a_strategy_that_is_asked_for_is_shown_even_if_it_is_no_candidate() -> None:
@@ -208,10 +237,11 @@ def test_a_large_plan_is_cut_with_a_note() -> None:
 
 def test_the_text_has_the_ranking_the_reason_and_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert explain.main([*ASKED, "--new-tokens", "8192", "--strategy", "ring_pass_kv_up"]) == 0
-    asked, ranking, reason, table = capsys.readouterr().out.strip().split("\n\n")
+    asked, ranking, reason, degrees, table = capsys.readouterr().out.strip().split("\n\n")
     assert asked.startswith("4 ranks of nvlink4-4; 64:8 heads of 128") and "8,192 new and 0 cached" in asked
     assert "ratio  busiest link" in ranking and "ring_pass_kv" in ranking
     assert " wins. " in reason
+    assert [line.split()[0] for line in degrees.split("\n")[1:]] == ["ranks", "1", "2", "4"]
     assert table == plan_for("ring_pass_kv_up", num_ranks=4, num_heads=64, num_kv_heads=8).table()
 
 
@@ -231,6 +261,7 @@ def test_json_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert data["ranked_by"] == "attention_seconds"
     best = data["candidates"][0]
     assert data["why"] in capsys.readouterr().out and data["why"].startswith(f"{best['name']} wins")
+    assert [d["degree"] for d in data["degrees"]] == [1, 2, 4] and not any(d["at_least"] for d in data["degrees"])
     assert best["ratio"] == 1 and best["name"] == data["plan"]["name"]
     assert len(best["rounds"]) == len(data["plan"]["rounds"]) + 1  # and what remains when those are over
     block = data["plan"]["rounds"][0]["attends"][0]["q"]
