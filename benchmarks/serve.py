@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{ONE_TOKEN_REQUESTS} requests of 1 token in and 1 out at once, {AUTO}: {rate:.0f} a second")
     found = {"ttft_seconds": times, "ratios_of_auto": ratios(times), "one_token_requests_per_second": rate}
     write_results(args.json, found | {"steps": {what: asdict(each) for what, each in steps.items()}})
-    if args.plot:
+    if args.plot and times:
         plot(args.plot, times)
     return 0
 
