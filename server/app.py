@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
@@ -22,6 +23,8 @@ from server.service import Service
 from server.streaming import ClientGone, EventStream, until_disconnect
 from server.version import VERSION
 
+B = TypeVar("B", CompletionRequest, ChatRequest, GenerateBody)
+AnyWriter = Writer | GenerateWriter
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 native = APIRouter(tags=["SGLang"])
 
@@ -67,31 +70,22 @@ def _describe_bodies(app: FastAPI, *kinds: type[msgspec.Struct]) -> None:
 
 @router.post("/completions", openapi_extra=_body(CompletionRequest))
 async def completions(request: Request) -> Response:
-    service: Service = request.app.state.service
-    body = await read_json(request, CompletionRequest)
-    service.check_taking_requests()  # after the body: a refusal that leaves it unread may reset the connection
-    return await _answer(request, await service.jobs.completion(body, _explain(request)), bool(body.stream))
+    return await _generated(request, CompletionRequest, _service(request).jobs.completion)
 
 
 @router.post("/chat/completions", openapi_extra=_body(ChatRequest))
 async def chat_completions(request: Request) -> Response:
-    service: Service = request.app.state.service
-    body = await read_json(request, ChatRequest)
-    service.check_taking_requests()  # after the body: a refusal that leaves it unread may reset the connection
-    return await _answer(request, await service.jobs.chat(body, _explain(request)), bool(body.stream))
+    return await _generated(request, ChatRequest, _service(request).jobs.chat)
 
 
 @native.post("/generate", openapi_extra=_body(GenerateBody))
 async def generate(request: Request) -> Response:
-    service: Service = request.app.state.service
-    body = await read_json(request, GenerateBody)
-    service.check_taking_requests()
-    return await _answer(request, await service.jobs.generate(body, _explain(request)), bool(body.stream))
+    return await _generated(request, GenerateBody, _service(request).jobs.generate)
 
 
 @router.post("/embeddings", openapi_extra=_body(EmbeddingRequest))
 async def embeddings(request: Request) -> Response:
-    service: Service = request.app.state.service
+    service = _service(request)
     body = await read_json(request, EmbeddingRequest)
     service.check_taking_requests()
     service.jobs.check_model(body.model)
@@ -105,22 +99,30 @@ def _explain(request: Request) -> bool:
     return request.headers.get("x-sp-explain", "0").strip().lower() not in ("", "0", "false")
 
 
-async def _answer(request: Request, writer: Writer | GenerateWriter, stream: bool) -> Response:
-    service: Service = request.app.state.service
+async def _generated(request: Request, kind: type[B], read: Callable[[B, bool], Awaitable[AnyWriter]]) -> Response:
+    service = _service(request)
+    body = await read_json(request, kind)
+    service.check_taking_requests()  # after the body: a refusal that leaves it unread may reset the connection
+    writer = await read(body, _explain(request))
     deltas = service.generator.run(writer.job)
-    if stream:
+    if body.stream:
         return EventStream(writer.events(deltas), service.config.http.sse_keepalive_interval)
     return json_response(await until_disconnect(request.receive, writer.whole(deltas)))
 
 
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
 @router.get("/models")
 async def models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_model(request.app.state.service)]})
+    return json_response({"object": "list", "data": [_model(_service(request))]})
 
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
-    service: Service = request.app.state.service
+    service = _service(request)
     if name not in service.config.http.served_model_names:
         raise model_not_found(name)
     return json_response(_model(service) | {"id": name})
