@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from benchmarks import peers
 from benchmarks.attention_peers import measure as measure_peers
-from benchmarks.attention_ranks import Shape
+from benchmarks.attention_ranks import DTYPE, PAGE_SIZE, Shape
 from benchmarks.attention_ranks import measure as measure_ranks
 from benchmarks.command import parser_of, write_results
 from sp_backend.kernels import HeadMap, Span, Work, get_kernel
+from sp_backend.kv_cache import KVCache
 from sp_backend.native import choose_kernel
 
 KERNELS = ("native", "torch_cpu")
@@ -34,9 +35,13 @@ PREFILL = Shape(8, 8, 64), Shape(16, 2, 128)
 DECODE = Shape(8, 8, 64), Shape(4, 2, 128), Shape(8, 2, 128), Shape(16, 2, 128)
 
 
-def kernel_call(name: str, shape: Shape, q: torch.Tensor, kv: torch.Tensor) -> Callable[[], object]:
+def kernel_call(
+    name: str, shape: Shape, q: torch.Tensor, kv: torch.Tensor, rows: torch.Tensor | None = None
+) -> Callable[[], object]:
+    """rows: those of kv that hold the keys, in order."""
     heads = HeadMap(0, shape.num_heads, shape.num_heads // shape.num_kv_heads)
-    work = Work((Span(0, len(q), 0, len(kv)),), True, heads, shape.head_dim, shape.head_dim**-0.5, len(q))
+    spans = (Span(0, len(q), 0, len(kv)),)
+    work = Work(spans, True, heads, shape.head_dim, shape.head_dim**-0.5, len(q), k_rows=rows)
     attention = get_kernel(name)(work)
     return lambda: attention(q, kv)
 
@@ -70,9 +75,14 @@ def measure_prefill(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
 
 
 def measure_decode(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
+    """Keys lie as in a server's pool, pages in any order; a read of another pool is the measure."""
     q, kv = shape.tensors(1, tokens)
-    large = torch.zeros(READ_BYTES // 4)
-    calls: dict[str, Callable[[], object]] = {name: kernel_call(name, shape, q, kv) for name in KERNELS}
+    pool = pool_of(shape, tokens).copy_(kv)
+    rows = torch.randperm(tokens // PAGE_SIZE)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
+    large = pool_of(shape, READ_BYTES * tokens // kv.nbytes).zero_().view(torch.float32)
+    calls: dict[str, Callable[[], object]] = {
+        name: kernel_call(name, shape, q, pool, rows.flatten()) for name in KERNELS
+    }
     found = medians({**calls, "read": large.sum}, 3 * rounds)
     read = READ_BYTES / found["read"] / 1e9
     rates = {name: kv.nbytes / found[name] / 1e9 for name in KERNELS}
@@ -82,6 +92,19 @@ def measure_decode(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
         "gb_per_second": {**rates, "read": read},
         "of_read": rates["native"] / read,
     }
+
+
+def pool_of(shape: Shape, tokens: int) -> torch.Tensor:
+    """[tokens, 2, kv_heads, head_dim]"""
+    return KVCache(
+        num_layers=1,
+        num_pages=tokens // PAGE_SIZE,
+        page_size=PAGE_SIZE,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=DTYPE,
+        device=torch.device("cpu"),
+    ).pages(0)
 
 
 def measure_shared(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:

@@ -7,6 +7,11 @@ history lengths without asking each other.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -70,7 +75,8 @@ class PageTable:
 class KVCache:
     """Keys and values of this rank's pages, every layer. rows = num_pages x page_size.
 
-    Storage is allocated once and untouched pages cost no physical memory on a CPU.
+    Storage is allocated once. On a CPU untouched pages cost no physical memory, and the system's pages are huge where a
+    process may ask for it (transparent_hugepage `madvise` or `always`).
     """
 
     def __init__(
@@ -85,7 +91,8 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (num_pages * page_size, 2, num_kv_heads, head_dim)
-        self._layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        allocate = _in_huge_pages if device.type == "cpu" else partial(torch.empty, device=device)
+        self._layers = [allocate(shape, dtype=dtype) for _ in range(num_layers)]
 
     @staticmethod
     def bytes_per_page(*, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -124,3 +131,11 @@ class Rows:
         if self.contiguous:
             return pages[self.low : self.low + len(self)]
         return pages.index_select(0, self.index)
+
+
+def _in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Untouched memory. Decode reads every key once: with pages of 4 KiB the CPU waits to look their addresses up."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

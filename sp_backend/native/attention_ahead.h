@@ -19,7 +19,7 @@ struct Block {
 };
 
 // Asks for a block's lines, to L2, in the order in which they lie and at the pace at which those of the block before are
-// read. The CPU drops what is asked while many others are under way, so each line is asked for again some time later.
+// read. The CPU drops what is asked while many others are under way, so each line is asked for three times.
 template <int Keys>
 class Ahead {
  public:
@@ -42,9 +42,9 @@ class Ahead {
     static_assert(Lines % 2 == 0);
     for (int i = 0; i < Lines; i += 2) {
       if (at_ >= end_ && !next_run()) return;
-      const char *at = at_, *before = std::exchange(asked_[count_++ % asked_.size()], at);
-      at_ = at + 128;
-      for (const char* pair : {at, before}) {
+      asked_[++count_ % asked_.size()] = std::exchange(at_, at_ + 128);
+      for (uint64_t ago : {0, 32, 64}) {
+        const char* pair = asked_[(count_ - ago) % asked_.size()];
         _mm_prefetch(pair, _MM_HINT_T1);
         _mm_prefetch(pair + 64, _MM_HINT_T1);
       }
@@ -63,7 +63,7 @@ class Ahead {
   const Block<Keys>* block_ = nullptr;
   int64_t first_, bytes_, runs_ = 2, run_ = 0;  // runs of bytes of each key: its own and its value's, or one for both
   const char *at_ = nullptr, *end_ = nullptr;
-  std::array<const char*, 64> asked_;
+  std::array<const char*, 128> asked_;
   uint64_t count_ = 0;
 };
 

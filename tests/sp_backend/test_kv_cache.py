@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -34,22 +36,45 @@ def test_ranks_agree_on_the_history_and_hold_each_position_once(seed: int) -> No
         assert own.slots(0, middle).tolist() + own.slots(middle, start).tolist() == want
 
 
-@pytest.mark.parametrize("slots", [[5, 6, 7], [5, 7, 6], []])
-def test_what_is_written_is_read_back(slots: list[int]) -> None:
-    cache = KVCache(
+def cache(num_pages: int) -> KVCache:
+    return KVCache(
         num_layers=2,
-        num_pages=3,
+        num_pages=num_pages,
         page_size=PAGE,
         num_kv_heads=2,
         head_dim=8,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
+
+
+@pytest.mark.parametrize("slots", [[5, 6, 7], [5, 7, 6], []])
+def test_what_is_written_is_read_back(slots: list[int]) -> None:
+    written = cache(3)
     rows = Rows(np.array(slots, np.int64), torch.device("cpu"))
     kv = torch.randn(len(slots), 2, 2, 8)
-    cache.write(1, rows, kv)
-    assert torch.equal(rows.of(cache.pages(1)), kv)
+    written.write(1, rows, kv)
+    assert torch.equal(rows.of(written.pages(1)), kv)
     assert rows.contiguous == (slots != [5, 7, 6])
-    assert cache.nbytes == 3 * KVCache.bytes_per_page(
+    assert written.nbytes == 3 * KVCache.bytes_per_page(
         num_layers=2, page_size=PAGE, num_kv_heads=2, head_dim=8, itemsize=4
     )
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_huge_pages_are_asked_for() -> None:
+    pages = cache(4096).pages(1)
+    assert "hg" in flags_of_memory(pages.data_ptr())
+
+
+def flags_of_memory(address: int) -> list[str]:
+    """Those of the area of this process's memory that holds an address, as Linux calls them."""
+    holds = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if name == "VmFlags:" and holds:
+            return values
+        if not name.endswith(":"):
+            low, high = (int(end, 16) for end in name.split("-"))
+            holds = low <= address < high
+    raise ValueError(f"no memory at {address:#x}")
