@@ -149,7 +149,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: str) -> None:
 def main() -> None:
     parser = parser_of("benchmarks.attention", __doc__, server_args=None)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and turns: under a minute")
-    parser.add_argument("--rounds", type=int, default=None, help="turns (default: 5; --quick: 3)")
+    parser.add_argument("--repeats", "--rounds", type=int, help="turns (default: 5; --quick: 3)")
     parser.add_argument(
         "--only", choices=tuple(MEASURES), nargs="+", default=DEFAULT_PARTS, help="(default: all but peers)"
     )
@@ -164,7 +164,7 @@ def main() -> None:
     if "peers" in args.only and (reason := peers.missing()):
         parser.error(reason)
     torch.set_num_threads(1)
-    rounds = args.rounds or (3 if args.quick else 5)
+    rounds = args.repeats or (3 if args.quick else 5)
     lengths = args.lengths or ((4096, 8192) if args.quick else (4096, 8192, 16384, 32768))
     shapes = PREFILL[:1] if args.quick else PREFILL
     jobs = [("kernel", s, n) for s in shapes for n in lengths]

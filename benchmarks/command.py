@@ -28,10 +28,17 @@ def write_results(file: Path | None, results: Mapping[str, Any]) -> None:
     """As JSON, with when and how they were taken."""
     about = {
         "date": date.today().isoformat(),
-        "command": " ".join(sys.orig_argv),
+        "command": " ".join(map(without_folders, sys.orig_argv)),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": version("torch"),
     }
     if file:
         file.write_text(json.dumps({**about, **results}, indent=1) + "\n")
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line; of a path, or a flag with one, its last name: folders are nobody's business."""
+    flag, is_flag, value = word.rpartition("=")
+    path = Path(value)
+    return f"{flag}{is_flag}{path.name}" if path.name and path.parent.is_dir() else word

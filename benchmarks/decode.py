@@ -39,12 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, nargs="+", default=(1, 2, 4, 8, 16), metavar="N")
     parser.add_argument("--contexts", type=int, nargs="+", default=(128, 32768), metavar="TOKENS")
     parser.add_argument("--tokens", type=int, default=64, help="of each stream (default: 64)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", "--rounds", type=int, default=5, help="rounds over the cases (default: 5)")
     parser.add_argument("--quick", action="store_true", help="1 and 16 streams, contexts 128 and 4096, 2 rounds")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     if args.quick:
-        args.streams, args.contexts, args.rounds, args.tokens = (1, 16), (128, 4096), 2, 40
+        args.streams, args.contexts, args.repeats, args.tokens = (1, 16), (128, 4096), 2, 40
     times = measure(args.server_args or ["--sp-size", "2", "--threads-per-rank", "1"], args)
     report(times)
     write_results(args.json, as_json(times))
@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(server_args: Sequence[str], args: argparse.Namespace) -> Times:
-    """args: streams, contexts, tokens, rounds."""
+    """args: streams, contexts, tokens, repeats."""
     cases = [(context, n) for context in args.contexts for n in args.streams]
     times: Times = {case: {BARE: [], SERVED: []} for case in cases}
     vocab_size = load(list(server_args)).model.vocab_size
     with LaunchedServer(*server_args) as server, bare_loop(server_args) as bare:
-        for _, (context, n) in tqdm([(r, case) for r in range(args.rounds) for case in cases], desc="Cases"):
+        for _, (context, n) in tqdm([(r, case) for r in range(args.repeats) for case in cases], desc="Cases"):
             prefix, prompts = make_prompts(context, n, vocab_size)
             times[context, n][BARE].append(bare.inter_token_seconds(prefix, prompts, args.tokens))
             read_streams(server.port, [prefix], 1)

@@ -10,9 +10,11 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 import httpx
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks.command import parser_of, write_results
 from benchmarks.launched import LaunchedServer
@@ -24,23 +26,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("benchmarks.interference", __doc__, "flags of the server (default: --sp-size 2)")
     parser.add_argument("--prompt-tokens", type=int, default=65536, help="of the long prompt")
     parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--quick", action="store_true", help="a prompt of 16384 tokens: under a minute")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.prompt_tokens = 16384
     with LaunchedServer(*(args.server_args or ["--sp-size", "2"])) as server:
-        result = asyncio.run(measure(server.url, args.prompt_tokens, args.streams))
+        with tqdm(desc="Streaming beside the long prompt", unit="token", disable=None) as progress:
+            result = asyncio.run(measure(server.url, args.prompt_tokens, args.streams, progress))
     for name, value in result.items():
         print(f"{name:>32}: {value:.3f}")
     write_results(args.json, result)
     return 0
 
 
-async def measure(url: str, prompt_tokens: int, num_streams: int) -> dict[str, float]:
+async def measure(url: str, prompt_tokens: int, num_streams: int, progress: tqdm[NoReturn]) -> dict[str, float]:
+    """progress: counts the tokens that are streamed."""
     arrivals: list[list[float]] = [[] for _ in range(num_streams)]
     random = np.random.default_rng(0)
     async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(3600, connect=30)) as http:
         vocab_size = (await http.get("/model_info")).raise_for_status().json()["vocab_size"]
         longest = (await http.get("/v1/models")).raise_for_status().json()["data"][0]["max_model_len"]
         streams = [
-            asyncio.create_task(stream(http, [100 + i] * 40, times, max_tokens=longest // num_streams - 100))
+            asyncio.create_task(stream(http, [100 + i] * 40, times, longest // num_streams - 100, progress))
             for i, times in enumerate(arrivals)
         ]
         async with asyncio.timeout(120):
@@ -48,7 +55,7 @@ async def measure(url: str, prompt_tokens: int, num_streams: int) -> dict[str, f
                 await asyncio.sleep(0.02)
         began = time.perf_counter()
         first: list[float] = []
-        await stream(http, random.integers(100, vocab_size * 9 // 10, prompt_tokens).tolist(), first, max_tokens=1)
+        await stream(http, random.integers(100, vocab_size * 9 // 10, prompt_tokens).tolist(), first, 1, progress)
         ended = first[0]
         for task in streams:
             if task.done():
@@ -68,7 +75,9 @@ async def measure(url: str, prompt_tokens: int, num_streams: int) -> dict[str, f
     }
 
 
-async def stream(http: httpx.AsyncClient, prompt: list[int], arrivals: list[float], max_tokens: int) -> None:
+async def stream(
+    http: httpx.AsyncClient, prompt: list[int], arrivals: list[float], max_tokens: int, progress: tqdm[NoReturn]
+) -> None:
     """Notes when each token arrives."""
     body: dict[str, object] = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     body["logprobs"] = 0  # a chunk for every token, those without text too
@@ -78,6 +87,7 @@ async def stream(http: httpx.AsyncClient, prompt: list[int], arrivals: list[floa
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 arrivals.append(time.perf_counter())
+                progress.update()
 
 
 def gaps(arrivals: list[list[float]], start: float, end: float) -> list[float]:

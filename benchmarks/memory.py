@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
+from benchmarks.command import parser_of, write_results
 from benchmarks.launched import LaunchedServer
 from benchmarks.prefill import time_to_first_token
 from benchmarks.prefill_peers import write_model
@@ -26,6 +26,7 @@ from server.arguments import DEFAULT_MODEL
 from sp_backend.models.config import ModelConfig
 
 LENGTHS = (8192, 16384, 32768, 65536)
+QUICK_LENGTHS = (4096, 8192)
 MIB = 1 << 20
 
 
@@ -34,19 +35,19 @@ class Result:
     """Bytes, of the rank with the largest peak."""
 
     tokens: int
+    start: int  # peak until the server was ready
     ready: int  # resident before the prompt
-    peak: int
+    peak: int  # from then on
     kv: int  # a rank's share of the prompt's keys and values, in bf16
     rest: int  # peak - kv
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.memory", __doc__)
     parser.add_argument("--model", choices=("default", "dummy"), default="default", help="dummy: 12 layers, heads 12:4")
     parser.add_argument("--sp-size", type=int, default=2)
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", default=LENGTHS)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("server_args", nargs="*", help="after --: further flags of the server")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="(default: 8k to 64k, two minutes)")
+    parser.add_argument("--quick", action="store_true", help="4k and 8k: under a minute")
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         flags = ["--sp-size", str(args.sp_size), "--threads-per-rank", "1"]
@@ -56,14 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             flags += ["--model-path", str(folder)]
         flags += args.server_args
         model = ModelConfig.load(model_folder(flags))
-        progress = tqdm(args.lengths, desc="Lengths", disable=None)
+        progress = tqdm(args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS), desc="Lengths", disable=None)
         results = [measure(model, tokens, args.sp_size, flags) for tokens in progress]
-    print(f"{'tokens':>8}{'ready':>12}{'peak':>12}{'KV share':>12}{'peak - KV':>12}  MiB of a rank")
-    for r in results:
-        print(f"{r.tokens:>8}" + "".join(f"{n / MIB:>12.0f}" for n in (r.ready, r.peak, r.kv, r.rest)))
-    if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n")
+    report(results)
+    write_results(args.json, {"results": [asdict(r) for r in results]})
     return 0
+
+
+def report(results: Sequence[Result]) -> None:
+    columns = "start", "ready", "peak", "KV share", "peak - KV"
+    print(f"{'tokens':>8}" + "".join(f"{name:>12}" for name in columns) + "  MiB of a rank")
+    for r in results:
+        print(f"{r.tokens:>8}" + "".join(f"{n / MIB:>12.0f}" for n in (r.start, r.ready, r.peak, r.kv, r.rest)))
+    first, last = results[0], results[-1]
+    if last.tokens > first.tokens:
+        growth = (last.rest - first.rest) / MIB / (last.tokens - first.tokens) * 1000
+        print(f"beyond keys: {growth:+.2f} MiB every 1,000 tokens from {first.tokens} to {last.tokens}")
 
 
 def model_folder(flags: Sequence[str]) -> Path:
@@ -76,19 +85,21 @@ def model_folder(flags: Sequence[str]) -> Path:
 
 def measure(model: ModelConfig, tokens: int, sp_size: int, flags: Sequence[str]) -> Result:
     with LaunchedServer(*flags) as server:
-        ranks = psutil.Process(server.process.pid).children(recursive=True)
-        ready = max(rank.memory_info().rss for rank in ranks)
+        ranks = [rank.pid for rank in psutil.Process(server.process.pid).children(recursive=True)]
+        start, ready = (max(resident_bytes(rank, what) for rank in ranks) for what in ("VmHWM", "VmRSS"))
+        for rank in ranks:
+            Path(f"/proc/{rank}/clear_refs").write_text("5")  # its peak starts anew
         time_to_first_token(server, tokens, seed=tokens)
-        peak = max(peak_bytes(rank.pid) for rank in ranks)
+        peak = max(resident_bytes(rank, "VmHWM") for rank in ranks)
     per_token = model.num_layers * 2 * model.num_kv_heads * model.head_dim * 2
     kv = tokens * per_token // sp_size
-    return Result(tokens, ready, peak, kv, peak - kv)
+    return Result(tokens, start, ready, peak, kv, peak - kv)
 
 
-def peak_bytes(pid: int) -> int:
-    """The most resident memory that a process ever had. Linux."""
+def resident_bytes(pid: int, what: str) -> int:
+    """Of a process: VmRSS, or VmHWM for the most since its peak was cleared. Linux."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(what)))
 
 
 if __name__ == "__main__":

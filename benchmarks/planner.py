@@ -10,22 +10,19 @@ decision.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from random import Random
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.command import parser_of, write_results
 from benchmarks.regret import Result, report, result, summary
 from sp_backend.calibrate import REPEATS, Trial, choose_trials, correct
 from sp_backend.planner import OFF, Batch, Planner
@@ -63,7 +60,7 @@ class Case:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.planner", __doc__, server_args=None)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--simulated", action="store_true")
     which.add_argument("--measured", action="store_true")
@@ -82,8 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--limit", type=float, default=320.0, help="of --measured: seconds after which no other batch is begun"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--quick", action="store_true", help="24 cases, or one length: under a minute")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.cases, args.lengths, args.repeats, args.seconds, args.limit = 24, (2048,), 2, 0.0, 30.0
     decision = decision_seconds()
     about: dict[str, Any]
     if args.simulated:
@@ -103,10 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("after trial steps:")
     report(results)
     print(f"a decision takes {decision * 1e6:.0f} us")
-    if args.json:
-        args.json.write_text(
-            json.dumps(as_json(args, results, about | {"decision_us": round(decision * 1e6, 1)}), indent=2) + "\n"
-        )
+    write_results(args.json, as_json(args, results, about | {"decision_us": round(decision * 1e6, 1)}))
     return 0
 
 
@@ -187,8 +183,6 @@ def decision_seconds() -> float:
 def as_json(args: argparse.Namespace, results: Sequence[Result], about: dict[str, Any]) -> dict[str, Any]:
     return {
         "what": "regret of the planner's choice, " + ("simulated" if args.simulated else "measured"),
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
         "numpy": version("numpy"),
         "summary": summary(results),
         "results": [asdict(r) | {"seconds": shown(r, args.measured)} for r in results],

@@ -193,7 +193,6 @@ def as_json(
 ) -> dict[str, Any]:
     return {
         "peers": peers.versions("torch", *PACKAGES.values()) if args.compare == "peers" else {},
-        "server_args": args.server_args,
         "matrix_flops_per_core": rates,
         "ttft_seconds": times,
         "ranks": ranks,

@@ -6,18 +6,16 @@ rank computes and waits in a ring, contiguous against zigzag, on gloo ranks of t
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import date
-from pathlib import Path
 from typing import Any, Final
 
+from tqdm import tqdm
+
+from benchmarks.command import parser_of, write_results
 from benchmarks.published_systems import OTHERWISE, RING, SYSTEMS, Constant, Constants, Row, System
 from sp_backend.shape import ModelShape
 
@@ -149,7 +147,8 @@ def as_json(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
 def measured(ranks: Sequence[int], tokens: int, repeats: int) -> dict[str, Any]:
     from benchmarks.published_ranks import measure_shares  # torch and processes, which the table does without
 
-    shares = [s for n in ranks for s in measure_shares(n, RING.strategy, QWEN3_30B, tokens, repeats)]
+    progress = tqdm(ranks, desc="Numbers of ranks", disable=None)
+    shares = [s for n in progress for s in measure_shares(n, RING.strategy, QWEN3_30B, tokens, repeats)]
     cores = len(os.sched_getaffinity(0))
     print("| ranks | layout | rank | computes | waits | computes, simulated |\n|---:|---|---:|---:|---:|---:|")
     for s in shares:
@@ -157,23 +156,19 @@ def measured(ranks: Sequence[int], tokens: int, repeats: int) -> dict[str, Any]:
         print(f"| {s.num_ranks} | {s.layout} | {s.rank} | {told} |")
     if max(ranks) > cores:
         print(f"More than {cores} ranks share cores: what one waits for a core counts as computing.")
-    return {
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "cores": cores,
-        "tokens": tokens,
-        "shares": [asdict(s) for s in shares],
-    }
+    return {"cores": cores, "tokens": tokens, "shares": [asdict(s) for s in shares]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.published", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.published", __doc__, server_args=None)
     parser.add_argument("--measure", action="store_true", help="on ranks of this machine, instead of the table")
     parser.add_argument("--ranks", type=int, nargs="+", default=(2, 4), help="of --measure (default: 2 4)")
     parser.add_argument("--tokens", type=int, default=8192, help="of --measure (default: 8192)")
     parser.add_argument("--repeats", type=int, default=5, help="of --measure: layers timed (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--quick", action="store_true", help="of --measure: 512 tokens, twice; under a minute")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.tokens, args.repeats = 512, 2
     if min(*args.ranks, args.tokens, args.repeats) < 1:
         parser.error("--ranks, --tokens and --repeats must be at least 1")
     if args.measure:
@@ -183,8 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         missed = [f"{e.system.name}, {what}: {why}" for e in evaluations for what, why in e.system.missed.items()]
         print(table(evaluations), summary(evaluations), "\n".join(missed), otherwise(), sep="\n\n")
         found = as_json(evaluations)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    write_results(args.json, found)
     return 0
 
 

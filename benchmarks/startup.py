@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, name in enumerate(["server", *(f"rank {i}" for i in range(len(rounds[0][1]) - 1))]):
         print(f"  CPU time of the {name}: {statistics.median(cpu[number] for _, cpu in rounds):.2f} s")
     cpu_seconds = [cpu for _, cpu in rounds]
-    write_results(args.json, {"server_args": flags, "ready_seconds": seconds, "cpu_seconds": cpu_seconds})
+    write_results(args.json, {"ready_seconds": seconds, "cpu_seconds": cpu_seconds})
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.attention_peers import NUM_RANKS, WRONG, error, positions
 from benchmarks.attention_ranks import Shape
+from benchmarks.command import without_folders
 from benchmarks.prefill_peers import Peer, check_same_model
 
 SHAPE = Shape(4, 2, 16)
@@ -33,6 +34,14 @@ def test_a_wrong_output_is_seen(rank: int) -> None:
     assert error(SHAPE, out, where, q, kv) < 0.005
     assert error(SHAPE, out.roll(1, 0), where, q, kv) > WRONG
     assert error(SHAPE, out * 1.1, where, q, kv) > WRONG
+
+
+def test_results_name_no_folder_of_the_machine_that_they_were_taken_on(tmp_path: Path) -> None:
+    words = [f"{tmp_path}/bin/python", "-m", "benchmarks.memory", "--json", f"{tmp_path}/memory.json", "--quick"]
+    (tmp_path / "bin").mkdir()
+    words += [f"--model-path={tmp_path}/my-model", "http://127.0.0.1:30000/v1", "2xnvlink4-4/nic400"]
+    shown = "python -m benchmarks.memory --json memory.json --quick --model-path=my-model".split()
+    assert [without_folders(word) for word in words] == [*shown, "http://127.0.0.1:30000/v1", "2xnvlink4-4/nic400"]
 
 
 def test_peers_that_compute_different_models_are_refused() -> None:

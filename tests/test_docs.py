@@ -30,10 +30,10 @@ NOT_RUN = {  # command -> why
 SMALLER = {"32768": "200", "65536": "3000", "2000": "150", "8000": "250", "64": "4", "16": "3", "256k": "8192"}
 QUICKER = {  # module -> flags that make it quick
     "benchmarks.prefill": "--lengths 128 --repeats 1",
-    "benchmarks.decode": "--contexts 64 --streams 1 2 --rounds 1 --tokens 24",
+    "benchmarks.decode": "--contexts 64 --streams 1 2 --repeats 1 --tokens 24",
     "benchmarks.serve": "--lengths 16 600 --repeats 1 --short-repeats 1 --streams 4 --prefill-tokens 1000",
     "benchmarks.greedy": "--sp-sizes 2 --output-tokens 4 --setups auto sharded_q",
-    "benchmarks.attention": "--only kernel ranks --lengths 512 8192 --rounds 1 --quick",
+    "benchmarks.attention": "--only kernel ranks --lengths 512 8192 --repeats 1 --quick",
     "benchmarks.startup": "--quick",
     "benchmarks.memory": "--lengths 128",
     "benchmarks.planner": "--repeats 1 --seconds 0",
