@@ -3,7 +3,8 @@
 One layer's attention of one causal prompt as the server runs it: keys into the pages, the plan, the output in the
 model's dtype. One rank with one thread, then P ranks with one thread each, in turns. Efficiency is the seconds of the
 one over P times those of the slowest of the others. By CPU time, which other work on the machine hardly disturbs, it is
-the one's over the sum of the others', and says nothing of waiting.
+the one's over the sum of the others', and says nothing of waiting. What the cores take from each other (memory, caches,
+clock) shows when each rank attends a whole prompt of its own: `independent` is as much as sharing can reach.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Result:
     all_cpu: float
     efficiency: float
     efficiency_by_cpu_time: float
+    independent: float
 
 
 def measure(
@@ -164,18 +166,19 @@ def _rank(rank: int, job: Job) -> None:
     for shape in job.shapes:
         for tokens in job.lengths:
             one_rank = layer_of(job.strategies[0], alone, job.kernel, shape, tokens)
-            runs: dict[str, Callable[[], object]] = {"one": one_rank if rank == 0 else lambda: None}
+            runs: dict[str, Callable[[], object]] = {"one": one_rank if rank == 0 else lambda: None, "each": one_rank}
             shared = [(strategy, transport) for strategy in job.strategies for transport in transports]
             for strategy, transport in shared:
                 layer = layer_of(strategy, transport, job.kernel, shape, tokens, job.overlap)
                 runs[f"{strategy} over {transport.name}"] = layer
             times = rank_medians(runs, job.turns)
             one, one_cpu = times["one"]
+            independent = round(one / times["each"][0], 4)
             for strategy, transport in shared:
                 seconds, cpu = times[f"{strategy} over {transport.name}"]
                 by_time, by_cpu = round(one / job.num_ranks / seconds, 4), round(one_cpu / cpu, 4)
-                found = strategy, transport.name, shape, tokens, one, seconds, one_cpu, cpu, by_time, by_cpu
-                results.append(Result(*found))
+                taken = one, seconds, one_cpu, cpu, by_time, by_cpu, independent
+                results.append(Result(strategy, transport.name, shape, tokens, *taken))
     if rank == 0:
         (Path(job.folder) / "results").write_text(json.dumps([asdict(each) for each in results]))
 
