@@ -91,10 +91,11 @@ class ModelConfig:
             max_positions = max(max_positions, round(rope.original_max_positions * rope.factor))
         num_heads, num_kv_heads, head_dim = _heads(fields, family)
         bias = fields.flag("attention_bias", False)
+        vocab_size = fields.integer("vocab_size")
         tied = fields.flag("tie_word_embeddings", False)
         return cls(
             architecture=architecture,
-            vocab_size=fields.integer("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
             num_layers=num_layers,
@@ -110,7 +111,7 @@ class ModelConfig:
             mlp_bias=family.model_type == "llama" and fields.flag("mlp_bias", False),
             qk_norm=family.qk_norm,
             tie_word_embeddings=tied,
-            eos_ids=_eos_ids(folder, fields),
+            eos_ids=tuple(token for token in _eos_ids(folder, fields) if token < vocab_size),  # others are never drawn
             dtype=_dtype(fields),
             causal=fields.flag("is_causal", True) and not fields.flag("use_bidirectional_attention", False),
             # some files name the architecture with a head and have none

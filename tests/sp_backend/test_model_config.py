@@ -150,6 +150,11 @@ def test_generation_config_knows_the_ends_of_sequences(tmp_path):
     assert ModelConfig.load(write(tmp_path, LLAMA_2, {"eos_token_id": [7, 9]})).eos_ids == (7, 9)
 
 
+def test_ends_beyond_the_vocabulary_are_left_out(tmp_path):
+    """min_tokens bans them, which needs their logits."""
+    assert ModelConfig.load(write(tmp_path, LLAMA_2 | {"eos_token_id": [2, 32000]})).eos_ids == (2,)
+
+
 def test_qwen2_has_biases_on_q_k_and_v_alone_whatever_the_file_says(tmp_path):
     config = ModelConfig.load(write(tmp_path, QWEN_2_5 | {"attention_bias": True}))
     assert (config.qkv_bias, config.o_bias) == (True, False)
