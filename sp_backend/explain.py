@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from sp_backend.catalog import ITEMSIZE
 from sp_backend.comparison import MOST_RANKS_OF_ALL, Comparison, Question
-from sp_backend.config import LAYOUTS
+from sp_backend.config import AUTO, LAYOUTS
 from sp_backend.models.config import ModelConfig
 from sp_backend.presets import GRAMMAR, KINDS, load_machine, preset
 from sp_backend.report import as_text, size
@@ -27,6 +27,9 @@ from sp_backend.strategies import FLAGS, STRATEGIES, Options, Variant
 from sp_backend.strategies.mapping import read_cycles
 from sp_backend.topology import Machine
 from sp_backend.written import write_json, write_plot, write_timeline
+
+_MOST: Final = 10**9  # of tokens and sizes: sums of their products are exact
+_MOST_HEADS: Final = 10_000
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,7 +137,7 @@ def _question(args: argparse.Namespace) -> Question:
         batch=_batch(args),
         layout=args.sp_layout,
         causal=args.mask == "causal",
-        page_size=_at_least(1, "--page-size", args.page_size),
+        page_size=_in_range(1, "--page-size", args.page_size),
         every_option=args.all,
         whole_step=args.model is not None or args.layers is not None,
     )
@@ -143,17 +146,18 @@ def _question(args: argparse.Namespace) -> Question:
 
 def _machine(args: argparse.Namespace) -> Machine:
     if args.sp_size is not None:
-        _at_least(1, "--sp-size", args.sp_size)
+        _in_range(1, "--sp-size", args.sp_size)
     try:
         return load_machine(args.topology, args.sp_size)
     except ValueError as error:
-        raise ValueError(f"--topology {args.topology}: {error}") from error
+        told = str(error).removeprefix(f"{args.topology}: ")
+        raise ValueError(f"--topology {args.topology}: {told}") from error
 
 
 def _shape(args: argparse.Namespace) -> ModelShape:
     sizes = _sizes(args)
     for name in ("heads", "kv_heads", "head_dim", "layers", "hidden_size"):
-        _at_least(1, f"--{name.replace('_', '-')}", sizes[name])
+        _in_range(1, f"--{name.replace('_', '-')}", sizes[name], _MOST_HEADS if "heads" in name else _MOST)
     if sizes["heads"] % sizes["kv_heads"]:
         raise ValueError(
             f"--kv-heads {sizes['kv_heads']} does not divide --heads {sizes['heads']}: a KV head serves equally many"
@@ -214,8 +218,8 @@ def _batch(args: argparse.Namespace) -> list[tuple[int, int]]:
             f"--cached-tokens has {len(cached)} numbers and --new-tokens {len(args.new_tokens)}: one for each prompt"
         )
     for new, old in zip(args.new_tokens, cached, strict=True):
-        _at_least(1, "--new-tokens", new)
-        _at_least(0, "--cached-tokens", old)
+        _in_range(1, "--new-tokens", new)
+        _in_range(0, "--cached-tokens", old)
     return list(zip(args.new_tokens, cached, strict=True))
 
 
@@ -232,11 +236,13 @@ def _forced(args: argparse.Namespace, question: Question) -> Variant | None:
     )
     given = [FLAGS.get(name, f"--sp-{name.replace('_', '-')}") for name in options.given()]
     given += ["--sp-degree"] * (args.sp_degree is not None)
-    if args.strategy is None:
+    if args.strategy in (None, AUTO):
         if given:
             raise ValueError(f"{given[0]} needs a --strategy that takes it")
         return None
     named = {str(v): v for v in question.variants()}
+    if args.sp_layout == "tokens":
+        named["off"] = OFF  # as the server's command line has it
     if args.strategy in named and not given:
         return named[args.strategy]
     fitting = [name for name, row in STRATEGIES.items() if row.layout == args.sp_layout]
@@ -252,9 +258,11 @@ def _forced(args: argparse.Namespace, question: Question) -> Variant | None:
     return Variant(args.strategy, options, None if degree == num_ranks else degree)
 
 
-def _at_least(least: int, flag: str, value: int) -> int:
+def _in_range(least: int, flag: str, value: int, most: int = _MOST) -> int:
     if value < least:
         raise ValueError(f"{flag} {value}: at least {least} is needed")
+    if value > most:
+        raise ValueError(f"{flag} {value}: at most {most:,} is possible")
     return value
 
 

@@ -56,6 +56,7 @@ _KINDS: Final = {
 KINDS: Final = (*_KINDS, "loopback")  # of which a preset's name can speak
 _NICS: Final = {"nic400": 45e9, "nic200": 22e9}
 _NIC_LATENCY: Final = 15e-6
+_MOST_RANKS: Final = 1024  # a link for each pair: a million
 _LOOPBACK: Final = 2.5e9  # gloo over one host's TCP, each way; both ways together little more
 _BLOCKS: Final = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 _HALF: Final = (96, 128)  # queries and keys at which a GPU's kernel runs at half its rate: tiles and their start-up
@@ -77,6 +78,8 @@ def preset(name: str) -> Machine:
     num_nodes, per_node = int(nodes or 1), int(ranks)
     if kind not in KINDS or per_node < 1 or num_nodes < 1 or (nic and nic not in _NICS):
         raise ValueError(f"unknown topology {name!r}; a JSON file or {GRAMMAR}")
+    if num_nodes * per_node > _MOST_RANKS:
+        raise ValueError(f"topology {name!r} has {num_nodes * per_node} ranks; a preset has at most {_MOST_RANKS}")
     if (num_nodes > 1) != (nic is not None):
         raise ValueError(f"topology {name!r}: several nodes need a NIC, and one node none; {GRAMMAR}")
     if kind == "loopback":

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import islice
 
 import msgspec
 import numpy as np
@@ -63,14 +64,17 @@ class Topology:
                 _require(0 <= rank < self.num_ranks, f"{where}: {end}", rank, f"a rank below {self.num_ranks}")
             _require(link.src != link.dst, f"{where}: dst", link.dst, "another rank than src")
             _require(link.latency >= 0, f"{where}: latency", link.latency, "seconds, at least 0")
-            for name in link.resources:
+            names = link.resources
+            _require(bool(names), f"{where}: resources", "empty", "what the link's bytes go through")
+            _require(len({*names}) == len(names), f"{where}: resources", list(names), "each only once")
+            for name in names:
                 _require(name in self.resources, f"{where}: resource", name, "a key of topology.resources")
             _require(pair not in seen, where, "a second one", "only one link for each pair")
             seen.add(pair)
         ranks = range(self.num_ranks)
-        missing = [f"{a} -> {b}" for a in ranks for b in ranks if a != b and (a, b) not in seen]
-        if missing:
-            raise ValueError(f"topology.links: none from rank to rank {', '.join(missing[:5])}")
+        missing = (f"{a} -> {b}" for a in ranks for b in ranks if a != b and (a, b) not in seen)
+        if first := list(islice(missing, 5)):
+            raise ValueError(f"topology.links: none from rank to rank {', '.join(first)}")
 
     def by_pair(self) -> dict[tuple[int, int], Link]:
         return {(link.src, link.dst): link for link in self.links}

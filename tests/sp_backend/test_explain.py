@@ -253,6 +253,15 @@ def test_a_plan_may_be_asked_for_as_the_ranking_names_it(capsys: pytest.CaptureF
     assert capsys.readouterr().out == by_name
 
 
+def test_strategies_of_the_servers_command_line_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*ASKED, "--new-tokens", "8192"]
+    for name, same in (("off", ["--strategy", "local"]), ("auto", [])):
+        explain.main([*asked, "--sp-strategy", name])
+        told = capsys.readouterr().out
+        explain.main([*asked, *same])
+        assert capsys.readouterr().out == told
+
+
 def test_json_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     batch = ["--new-tokens", "4096", "300", "--cached-tokens", "0", "9000"]
     explain.main([*ASKED, *batch, "--json", str(tmp_path / "out.json")])
@@ -384,6 +393,10 @@ def test_a_topology_may_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
             "--dense-params 0: layout heads needs at least the projections to keys and values, 4.1943e+06",
         ),
         ("--topology nvlink4-4 --heads 8 --new-tokens 5 --sp-redundant-kv", "--sp-redundant-kv needs a --strategy"),
+        ("--topology nvlink4-4 --heads 8 --new-tokens 99999999999", "--new-tokens 99999999999: at most 1,000,000,000"),
+        ("--topology nvlink4-4 --heads 20000 --new-tokens 5", "--heads 20000: at most 10,000 is possible"),
+        ("--topology nvlink4-100000 --heads 8 --new-tokens 5", "has 100000 ranks; a preset has at most 1024"),
+        ("--topology nowhere.json --heads 8 --new-tokens 5", "--topology nowhere.json: no such file"),
         ("--topology nvlink4-4 --heads 8 --new-tokens five", "--new-tokens: invalid int value"),
     ],
 )
