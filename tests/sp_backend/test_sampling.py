@@ -246,3 +246,13 @@ def test_no_request_and_no_overflow_gives_an_id_outside_the_vocabulary(
 ) -> None:
     (drawn,) = sample(logits[None].clone(), [sampling], [7])
     assert 0 <= drawn.token < 50
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.9), Sampling(temperature=0.0)])
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_score_that_is_no_number_wins_and_harms_no_other_row(sampling: Sampling, score: float) -> None:
+    logits = logits_of(8, rows=20)
+    sound = [drawn.token for drawn in sample(logits, [sampling] * 20, range(20))]
+    logits[4, 30] = score
+    drawn = [drawn.token for drawn in sample(logits, [sampling] * 20, range(20))]
+    assert drawn == [*sound[:4], 30, *sound[5:]]
