@@ -20,6 +20,7 @@ from sp_backend.catalog import ITEMSIZE
 from sp_backend.comparison import MOST_RANKS_OF_ALL, Comparison, Question
 from sp_backend.config import AUTO, LAYOUTS
 from sp_backend.models.config import ModelConfig
+from sp_backend.planner import OFF
 from sp_backend.presets import GRAMMAR, KINDS, load_machine, preset
 from sp_backend.report import as_text, size
 from sp_backend.shape import ModelShape
