@@ -25,7 +25,8 @@ from tqdm import tqdm
 from benchmarks.command import parser_of, write_results
 from benchmarks.regret import Result, report, result, summary
 from sp_backend.calibrate import REPEATS, Trial, choose_trials, correct
-from sp_backend.planner import OFF, Batch, Planner
+from sp_backend.placement import Batch
+from sp_backend.planner import OFF, Planner
 from sp_backend.presets import load_machine
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import perturbed, simulate
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--spread", type=float, default=SPREAD, help="of --simulated: how far the planner is misinformed"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of --simulated: other batches and other machines")
     parser.add_argument("--ranks", type=int, default=2, help="of --measured (default: 2)")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=LENGTHS, help="of --measured: tokens, cached included"
@@ -86,9 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     decision = decision_seconds()
     about: dict[str, Any]
     if args.simulated:
-        judged = [judge(c, args.spread) for c in tqdm(cases(args.cases), "Cases", args.cases, unit="case")]
+        drawn = cases(args.cases, args.seed)
+        judged = [judge(c, args.spread) for c in tqdm(drawn, "Cases", args.cases, unit="case")]
         told, results = ([pair[i] for pair in judged] for i in (0, 1))
-        about = {"spread": args.spread, "noise": NOISE}
+        about = {"spread": args.spread, "noise": NOISE, "seed": args.seed}
     else:
         from benchmarks.planner_ranks import measure_all  # torch and processes, which the simulation does without
 
@@ -106,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def cases(number: int) -> Iterator[Case]:
+def cases(number: int, seed: int = 0) -> Iterator[Case]:
     """Machines and shapes in turn; lengths and cached parts drawn evenly in logarithms, some batches of several."""
-    random = Random(0)
+    random = Random(seed)
     pairs = [(machine, shape) for machine, shapes in MACHINES.items() for shape in shapes]
     for i in range(number):
         machine, shape = pairs[i % len(pairs)]
@@ -118,7 +121,7 @@ def cases(number: int) -> Iterator[Case]:
             new = round(2 ** random.uniform(6, 17))
             cached = random.choice((0, 0, round(2 ** random.uniform(8, 18)), 9 * new, 99 * new))
             batch.append((new, min(cached, 1 << 20)))
-        yield Case(machine, shape, batch, i)
+        yield Case(machine, shape, batch, seed * number + i)
 
 
 @cache

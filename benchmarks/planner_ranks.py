@@ -30,8 +30,9 @@ from sp_backend.geometry import Geometry
 from sp_backend.kernels import Kernel, get_kernel
 from sp_backend.measure import measure
 from sp_backend.native import choose_kernel
+from sp_backend.placement import Batch
 from sp_backend.plan import Plan
-from sp_backend.planner import Batch, Planner
+from sp_backend.planner import Planner
 from sp_backend.shape import ModelShape
 from sp_backend.transport import Transport
 from sp_backend.transport.gloo import GlooTransport

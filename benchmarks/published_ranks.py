@@ -26,7 +26,7 @@ from sp_backend.kernels import get_kernel
 from sp_backend.layout import Kind
 from sp_backend.measure import measure
 from sp_backend.native import choose_kernel
-from sp_backend.planner import lay_out
+from sp_backend.placement import lay_out
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate
 from sp_backend.strategies import plan_for

@@ -14,8 +14,8 @@ from typing import Final, Literal
 from sp_backend.cost import Cost, PlanCost
 from sp_backend.geometry import Geometry
 from sp_backend.layout import Kind
+from sp_backend.placement import lay_out
 from sp_backend.plan import Plan
-from sp_backend.planner import lay_out
 from sp_backend.presets import preset
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import simulate

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sp_backend.planner import OFF, Batch
+from sp_backend.placement import Batch
+from sp_backend.planner import OFF
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from typing import Final
 
 import numpy as np
 
-from sp_backend.planner import Batch, Planner
+from sp_backend.placement import Batch
+from sp_backend.planner import Planner
 from sp_backend.strategies import Variant
 from sp_backend.topology import Floats, Machine, Rates
 

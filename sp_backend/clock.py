@@ -28,6 +28,7 @@ class Times:
     exposed: Floats  # of those, the last rank's waits for others and what transfers took from its compute
     transfer: Floats  # of those, how long messages were on the last rank's links
     step: Floats  # a whole forward pass: all layers, dense work included
+    tokens: Floats  # not seconds: those whose dense work the rank with most of it does
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ class Clock:
             self._round(i)
         last = self._now.argmax(0), np.arange(self._now.shape[1])
         step = self._work.step_seconds(self._now)
-        return Times(self._now[last], self._exposed[last], self._transfer[last], step)
+        tokens = self._work.dense_tokens().max(0)
+        return Times(self._now[last], self._exposed[last], self._transfer[last], step, tokens)
 
     def _round(self, index: int) -> None:
         flow, waited = self._flow, self._exposed.copy()

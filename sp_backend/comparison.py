@@ -19,8 +19,9 @@ from sp_backend.cost import PlanCost
 from sp_backend.geometry import predicted_bytes
 from sp_backend.layout import Layout
 from sp_backend.least import least_seconds
+from sp_backend.placement import Batch, lay_out
 from sp_backend.plan import Plan
-from sp_backend.planner import OFF, Batch, Candidate, lay_out
+from sp_backend.planner import OFF, Candidate
 from sp_backend.shape import ModelShape, Sizes
 from sp_backend.strategies import STRATEGIES, Options, Variant, least_of, plan_for, prove, variants
 from sp_backend.topology import Floats, Machine

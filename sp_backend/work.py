@@ -17,6 +17,11 @@ from sp_backend.shape import ModelShape, Sizes
 from sp_backend.topology import Floats, Rates
 
 
+def weights_seconds(shape: ModelShape, rates: Rates) -> float:
+    """A step's work beside attention takes at least this: all weights are read."""
+    return shape.dense_flops / 2 * shape.itemsize / rates.memory_bytes
+
+
 class Work:
     def __init__(self, layout: Layout, flow: Flow, shape: ModelShape, rates: Rates, sizes: Sizes) -> None:
         self._layout, self._flow, self._shape, self._rates, self._count = layout, flow, shape, rates, sizes.count
@@ -80,12 +85,16 @@ class Work:
             there[flow.messages.round, rank] = True
         return np.asarray(busy + there.sum(0)[:, None] * rates.round_seconds)
 
+    def dense_tokens(self) -> Floats:
+        """[ranks, batches]: tokens of whose work beside attention a rank does all, or as much."""
+        tokens = self._rows[self._whole[self._layout.all_q()]].sum(1)
+        return np.asarray(tokens * self._shape.dense_share(self._layout))
+
     def step_seconds(self, attention: Floats) -> Floats:
         """[batches]: a forward pass, of attention [ranks, batches] and each rank's dense work."""
-        layout, shape, rates = self._layout, self._shape, self._rates
-        tokens = self._rows[self._whole[layout.all_q()]].sum(1) * shape.dense_share(layout)
-        weights = shape.dense_flops / 2 * shape.itemsize / rates.memory_bytes
-        dense = np.maximum(tokens * shape.dense_flops / rates.dense_flops, weights)
+        shape, rates = self._shape, self._rates
+        dense = self.dense_tokens() * shape.dense_flops / rates.dense_flops
+        dense = np.maximum(dense, weights_seconds(shape, rates))
         return np.asarray((shape.num_layers * attention + dense).max(0) + rates.step_seconds)
 
     def _merge_seconds(self, kind: Index, heads: Index) -> Floats:

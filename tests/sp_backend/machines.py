@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sp_backend.geometry import Geometry
+from sp_backend.placement import lay_out
 from sp_backend.plan import Plan
-from sp_backend.planner import lay_out
 from sp_backend.shape import ModelShape
 from sp_backend.strategies import Variant, plan_for
 from sp_backend.topology import KernelRates, Link, Machine, Rates, Topology

@@ -9,7 +9,8 @@ import pytest
 from sp_backend.cost import Cost, PlanCost
 from sp_backend.geometry import predicted_bytes
 from sp_backend.least import least_seconds
-from sp_backend.planner import OFF, lay_out
+from sp_backend.placement import lay_out
+from sp_backend.planner import OFF
 from sp_backend.presets import preset
 from sp_backend.shape import ModelShape, Sizes
 from sp_backend.strategies import Options, Variant, least_of, plan_for, variants

@@ -17,7 +17,8 @@ from sp_backend import explain
 from sp_backend.comparison import Comparison, Question, parts
 from sp_backend.cost import PlanCost
 from sp_backend.geometry import predicted_bytes
-from sp_backend.planner import OFF, lay_out
+from sp_backend.placement import lay_out
+from sp_backend.planner import OFF
 from sp_backend.presets import KINDS, load_machine
 from sp_backend.report import as_text, binds, milliseconds, plan_table, size, why
 from sp_backend.shape import ModelShape

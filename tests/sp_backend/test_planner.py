@@ -10,7 +10,8 @@ from random import Random
 import pytest
 
 from sp_backend.layout import Layout
-from sp_backend.planner import OFF, Batch, Planner, lay_out
+from sp_backend.placement import Batch, lay_out
+from sp_backend.planner import OFF, Planner
 from sp_backend.presets import load_machine
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import perturbed, simulate
@@ -71,15 +72,34 @@ def test_a_choice_is_near_the_best_on_machines_that_are_not_quite_as_described()
 
 
 @pytest.mark.parametrize("machine", ["nvlink4-4", "2xpcie5-2/nic200"])
-def test_the_table_agrees_with_the_very_batch(machine: str) -> None:
-    random = Random(1)
-    for _ in range(12):
-        batch = [(round(2 ** random.uniform(11, 16)), random.choice((0, 50000))) for _ in range(random.choice((1, 3)))]
-        choice = planner(machine).choose(batch)
-        exact = {c.variant: c.cost.step_seconds for c in planner(machine).rank_candidates(batch)}
-        assert choice.seconds == pytest.approx(exact[choice.variant], rel=0.12)
-        assert exact[choice.variant] <= 1.08 * min(exact.values())
-        assert choice.off_seconds == pytest.approx(exact[OFF], rel=0.05)
+def test_what_is_looked_up_for_one_prompt_is_the_cost_of_the_very_batch(machine: str) -> None:
+    """Few pages are cut unevenly: a page more or less is seen."""
+    found = load_machine(machine)
+    random, chooser = Random(1), Planner(found, MHA, found.num_ranks, page_size=64)
+    for _ in range(30):
+        batch = [(round(2 ** random.uniform(4, 14)), random.choice((0, round(2 ** random.uniform(6, 19)))))]
+        choice = chooser.choose(batch)
+        exact = {c.variant: c.cost.step_seconds for c in chooser.rank_candidates(batch)}
+        assert choice.seconds == pytest.approx(exact[choice.variant], rel=0.04)
+        assert exact[choice.variant] <= 1.04 * min(exact.values()) or choice.variant == OFF
+        assert choice.off_seconds == pytest.approx(exact[OFF], rel=0.01)
+
+
+@pytest.mark.parametrize("machine", ["nvlink4-4", "2xpcie5-2/nic200"])
+def test_unlike_prompts_that_share_a_step_are_put_together(machine: str) -> None:
+    """One computes while the messages of another travel; all read the weights once."""
+    random, chooser, errors = Random(1), planner(machine), []
+    for _ in range(20):
+        batch = [
+            (round(2 ** random.uniform(6, 15)), random.choice((0, round(2 ** random.uniform(8, 18)))))
+            for _ in range(random.choice((2, 3, 4)))
+        ]
+        choice = chooser.choose(batch)
+        exact = {c.variant: c.cost.step_seconds for c in chooser.rank_candidates(batch)}
+        errors.append(abs(choice.seconds / exact[choice.variant] - 1))
+        assert exact[choice.variant] <= 1.1 * min(exact.values())
+        assert choice.off_seconds == pytest.approx(exact[OFF], rel=0.01)
+    assert statistics.median(errors) <= 0.01 and max(errors) <= 0.12
 
 
 # Choices

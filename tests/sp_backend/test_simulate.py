@@ -9,8 +9,9 @@ import pytest
 from sp_backend.cost import PlanCost
 from sp_backend.geometry import Geometry
 from sp_backend.layout import KV, Block
+from sp_backend.placement import lay_out
 from sp_backend.plan import Plan, Round, Transfer
-from sp_backend.planner import OFF, lay_out
+from sp_backend.planner import OFF
 from sp_backend.presets import preset
 from sp_backend.shape import ModelShape
 from sp_backend.simulate import Simulation, perturbed, simulate
