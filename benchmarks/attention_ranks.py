@@ -25,12 +25,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from sp_backend.batch import GroupRows, LocalBatch
 from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import get_kernel
 from sp_backend.kv_cache import KVCache, Rows
 from sp_backend.layer import StepAttention
+from sp_backend.local_batch import GroupRows, LocalBatch
 from sp_backend.native import choose_kernel
 from sp_backend.strategies import plan_for
 from sp_backend.transport import Transport

@@ -102,10 +102,14 @@ def check_same_model(peers: Sequence[Peer]) -> None:
 
 
 def model_flops(model: ModelConfig, tokens: int) -> float:
-    """Of one prefill: matrix products of all tokens, the pairs that causal attention sees, one row of logits."""
-    attention = 4 * model.num_heads * model.head_dim * tokens * (tokens + 1) / 2
-    layers = model.num_layers * (2 * model.layer_parameters * tokens + attention)
-    return layers + 2 * model.vocab_size * model.hidden_size
+    """That one prefill needs: matrix products of all tokens, the pairs that causal attention sees, one row of logits;
+    of the last layer, keys and values of all tokens and the rest of one.
+    """
+    of_pair = 4 * model.num_heads * model.head_dim
+    layer = 2 * model.layer_parameters * tokens + of_pair * tokens * (tokens + 1) / 2
+    keys = 4 * model.hidden_size * model.num_kv_heads * model.head_dim * (tokens - 1)
+    last = keys + 2 * model.layer_parameters + of_pair * tokens
+    return (model.num_layers - 1) * layer + last + 2 * model.vocab_size * model.hidden_size
 
 
 def matrix_rate(size: int = 2048, repeats: int = 5) -> float:

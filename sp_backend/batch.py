@@ -7,85 +7,21 @@ inside a chunk sequence by sequence: so every chunk is one slice, and so is all 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from sp_backend.commands import TOKEN_BYTES, Group, Sampling, SequenceStep, Step
+from sp_backend.commands import TOKEN_BYTES, Group, SequenceStep, Step
 from sp_backend.geometry import Geometry
 from sp_backend.kv_cache import Ints, PageTable, Rows
 from sp_backend.last_layer import as_decode, only_last_is_wanted
 from sp_backend.layout import Layout
+from sp_backend.local_batch import GroupRows, LastLayer, LocalBatch, PooledRows, SampleRow, ScoredRows
 
 NO_INTS = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRows:
-    """One group's part of this rank's rows."""
-
-    plan: str
-    geometry: Geometry
-    q_rows: dict[int, slice]  # query chunk -> rows of the hidden states
-    kv_rows: dict[int, slice]  # new-token chunk -> rows of the keys projected in this step
-    own_rows: slice  # those of them that this rank keeps in its cache ...
-    own_slots: Rows  # ... and where
-    places: dict[int, Rows]  # chunk -> cache rows of its keys, sequence by sequence: history and what is kept
-
-    def rows_of(self, i: int, chunk: int) -> slice:
-        """The rows of the i-th sequence in a query chunk of this rank."""
-        first, (lo, hi) = self.q_rows[chunk].start, self.geometry.chunk_spans(chunk)[i]
-        return slice(first + lo, first + hi)
-
-
-@dataclass(frozen=True, slots=True)
-class LastLayer:
-    """What the last layer attends, where not all of its rows are wanted."""
-
-    rows: torch.Tensor  # int64 [m]: of the hidden states before it
-    groups: list[GroupRows]  # rows are those of these m; keys are in pages where kv_rows is empty
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """A hidden state from which a token is to be drawn. position: that token's."""
-
-    request_id: int
-    row: int
-    position: int
-    sampling: Sampling
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredRows:
-    """Hidden states that predict prompt tokens whose log-probabilities are wanted."""
-
-    request_id: int
-    rows: list[slice]
-    targets: torch.Tensor  # int64 [rows]: the tokens
-    num_top: int
-
-
-@dataclass(frozen=True, slots=True)
-class PooledRows:
-    """Hidden states that are summed for an embedding."""
-
-    request_id: int
-    rows: list[slice]
-
-
-@dataclass(frozen=True, slots=True)
-class LocalBatch:
-    tokens: torch.Tensor  # [n] int64
-    positions: torch.Tensor  # [n] int64
-    kv_rows: slice  # hidden states whose keys and values this rank projects
-    groups: list[GroupRows]
-    last: LastLayer | None  # None: it runs as all others do
-    samples: list[SampleRow]  # rows here and below: of the hidden states after the last layer
-    pooled: list[PooledRows]
-    scored: list[ScoredRows]
+Laid = tuple[Group, GroupRows]  # a group, and where its rows lie
 
 
 class BatchBuilder:
@@ -134,27 +70,32 @@ class BatchBuilder:
             scored=[row for end in ends for row in self._scored(*end)],
         )
 
-    def _last_layer(self, groups: list[tuple[Group, GroupRows]]) -> tuple[LastLayer, list[tuple[Group, GroupRows]]]:
-        """The groups of the last layer, and which rows of the other layers' these have."""
+    def _last_layer(self, groups: list[Laid]) -> tuple[LastLayer, list[Laid]]:
+        """The groups as the last layer runs them, and which rows of the other layers' these have."""
+        ends: list[Laid] = []
         rows = [NO_INTS]
-        ends: list[tuple[Group, GroupRows]] = []
         num_rows = 0
         for group, laid in groups:
             if only_last_is_wanted(group):
-                chunks = [self._last_chunk(group, laid, i) for i in range(len(group.sequences))]
-                layout = self._layouts[group.plan]
-                order = sorted(range(len(chunks)), key=lambda i: (layout.owner(chunks[i]), i))
-                own = [laid.rows_of(i, chunks[i]).stop - 1 for i in order if chunks[i] in laid.q_rows]
-                end = as_decode(group, chunks, layout, laid.q_rows)
-                ends.append((end, replace(self._lay_out(end, num_rows)[0], kv_rows={})))
+                group, laid, own = self._last_tokens(group, laid, num_rows)
             else:
-                own = [row for rows in laid.q_rows.values() for row in range(rows.start, rows.stop)]
-                moved = num_rows - own[0] if own else 0
-                q_rows = {chunk: slice(q.start + moved, q.stop + moved) for chunk, q in laid.q_rows.items()}
-                ends.append((group, replace(laid, q_rows=q_rows)))
-            rows.append(np.array(own, np.int64))
+                parts = laid.q_rows.values()  # one after the other
+                own = np.arange(min(part.start for part in parts), max(part.stop for part in parts))
+                laid = _moved(laid, num_rows - min(part.start for part in parts))
+            ends.append((group, laid))
+            rows.append(own)
             num_rows += len(own)
         return LastLayer(self._tensor(np.concatenate(rows)), [laid for _, laid in ends]), ends
+
+    def _last_tokens(self, group: Group, laid: GroupRows, first_row: int) -> tuple[Group, GroupRows, Ints]:
+        """The last new token of each sequence as a group of its own, and which rows of the group these are."""
+        layout = self._layouts[group.plan]
+        chunks = [self._last_chunk(group, laid, i) for i in range(len(group.sequences))]
+        in_order = sorted((layout.owner(chunk), i, chunk) for i, chunk in enumerate(chunks) if chunk in laid.q_rows)
+        rows = [laid.rows_of(i, chunk).stop - 1 for _, i, chunk in in_order]
+        group = as_decode(group, chunks, layout, laid.q_rows)
+        last, _, _ = self._lay_out(group, first_row)
+        return group, replace(last, kv_rows={}), np.array(rows, np.int64)
 
     def _lay_out(self, group: Group, first_row: int) -> tuple[GroupRows, list[Ints], list[Ints]]:
         layout = self._layouts[group.plan]
@@ -303,6 +244,11 @@ class BatchBuilder:
 
     def _tensor(self, values: Ints) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+def _moved(laid: GroupRows, by: int) -> GroupRows:
+    """The queries' rows lie elsewhere; the keys' do not."""
+    return replace(laid, q_rows={c: slice(rows.start + by, rows.stop + by) for c, rows in laid.q_rows.items()})
 
 
 @lru_cache(1024)  # all streams of a rank have the same, in every step

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sp_backend.batch import GroupRows, LocalBatch
 from sp_backend.execute import Executor
 from sp_backend.kv_cache import KVCache
+from sp_backend.local_batch import GroupRows, LocalBatch
 from sp_backend.schedule import Schedule
 from sp_backend.state import AttentionState
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from sp_backend.batch import BatchBuilder, LocalBatch
+from sp_backend.batch import BatchBuilder
 from sp_backend.buffers import BufferPool
 from sp_backend.catalog import planner_for, plans_for, shape_of
 from sp_backend.commands import (
@@ -48,6 +48,7 @@ from sp_backend.grammars import Grammars
 from sp_backend.kernels import get_kernel
 from sp_backend.kv_cache import KVCache
 from sp_backend.layer import StepAttention
+from sp_backend.local_batch import LocalBatch
 from sp_backend.measure import machine_of
 from sp_backend.models.config import ModelConfig
 from sp_backend.models.decoder import Decoder
