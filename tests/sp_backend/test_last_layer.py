@@ -6,14 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from sp_backend.commands import DECODE, LOCAL, Group, Scoring, SequenceStep
+from sp_backend.batch import BatchBuilder
+from sp_backend.commands import DECODE, LOCAL, Group, Sampling, Scoring, SequenceStep, Step
 from sp_backend.last_layer import FEW, as_decode, only_last_is_wanted
 from sp_backend.layout import Layout
 
+PAGE = 64
 
-def sequence(num_new: int, start: int = 0, **fields: Any) -> SequenceStep:
-    return SequenceStep(1, start, num_new, 0, 1, b"", b"", np.arange(num_new, dtype="<i4").tobytes(), **fields)
+
+def sequence(num_new: int, start: int = 0, request_id: int = 1, **fields: Any) -> SequenceStep:
+    """On rank 0, in pages of its own."""
+    num_pages = -(-num_new // PAGE)
+    pages = np.arange(num_pages, dtype="<i4") + 100 * request_id
+    tokens = np.arange(num_new, dtype="<i4")
+    return SequenceStep(request_id, start, num_new, 0, 1, bytes(num_pages), pages.tobytes(), tokens.tobytes(), **fields)
 
 
 @pytest.mark.parametrize(
@@ -43,3 +51,20 @@ def test_a_spread_prompt_ends_as_a_decode_step_where_its_last_token_lies():
     assert np.frombuffer(here.tokens, "<i4").tolist() == [99]
     assert there.plan == DECODE and there.sequences[0].tokens == b""
     assert as_decode(Group(LOCAL, spread), [0], layout, {0}).plan == LOCAL
+
+
+def test_rows_of_a_step_in_which_one_group_ends_early():
+    """Behind the last tokens of two prompts come all rows of a group of few tokens."""
+    layout = Layout(1, "home", 4, 4)
+    builder = BatchBuilder(
+        layouts={LOCAL: layout, DECODE: layout}, sp_rank=0, page_size=PAGE, windowed=False, device=torch.device("cpu")
+    )
+    prompts = [sequence(100, sampling=Sampling()), sequence(70, request_id=2, sampling=Sampling())]
+    few = [sequence(3, request_id=3, sampling=Sampling())]
+    batch = builder.build(Step(0, [Group(LOCAL, prompts), Group(DECODE, few)]))
+    assert batch.last is not None and batch.last.rows.tolist() == [99, 169, 170, 171, 172]
+    early, whole = batch.last.groups
+    assert (early.q_rows, whole.q_rows) == ({0: slice(0, 2)}, {0: slice(2, 5)})
+    assert (early.kv_rows, whole.kv_rows) == ({}, {0: slice(170, 173)})
+    assert early.geometry.rows == ((1, 99), (1, 69))
+    assert [(row.request_id, row.row, row.position) for row in batch.samples] == [(1, 0, 100), (2, 1, 70), (3, 4, 3)]
