@@ -81,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--limit", type=float, default=320.0, help="of --measured: seconds after which no other batch is begun"
     )
-    parser.add_argument("--quick", action="store_true", help="24 cases, or one length: under a minute")
+    parser.add_argument("--quick", action="store_true", help="12 cases, or one length: under a minute")
     args = parser.parse_args(argv)
     if args.quick:
-        args.cases, args.lengths, args.repeats, args.seconds, args.limit = 24, (2048,), 2, 0.0, 30.0
+        args.cases, args.lengths, args.repeats, args.seconds, args.limit = 12, (2048,), 2, 0.0, 30.0
     decision = decision_seconds()
     about: dict[str, Any]
     if args.simulated:

@@ -45,7 +45,7 @@ def make(transport: str, up: ProcessGroup, down: ProcessGroup) -> Transport:
 
 
 def run_cases(
-    rank: int, size: int, transport: str, num_ranks: int, plans: list[Case], dtype: torch.dtype, overlap: bool
+    rank: int, size: int, transport: str, num_ranks: int, plans: list[Case], dtype: torch.dtype, how: dict[str, int]
 ) -> list[Any]:
     up, down = (dist.new_group(list(range(num_ranks))) for _ in range(2))
     if rank >= num_ranks:
@@ -56,9 +56,8 @@ def run_cases(
         plan = plan_for(**case)
         batch = Batch(plan.layout, REQUESTS, dtype=dtype)
         wire.bytes.clear()
-        executor = Executor(
-            plan, rank, get_kernel(choose_kernel()[0]), wire, head_dim=batch.head_dim, dtype=dtype, overlap=overlap
-        )
+        kernel = get_kernel(choose_kernel()[0])
+        executor = Executor(plan, rank, kernel, wire, head_dim=batch.head_dim, dtype=dtype, **how)
         schedule = executor.schedule(batch.geometry)
         for _ in range(3):  # layers: buffers are reused
             states = executor.run(schedule, batch.q_of(rank), batch.kv_of(rank))
@@ -69,17 +68,18 @@ def run_cases(
 
 @pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-@pytest.mark.parametrize(("dtype", "overlap"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(("dtype", "how"), [(torch.float32, {"overlap": False}), (torch.bfloat16, {"most_history": 5})])
 def test_every_plan_gives_the_bits_of_lockstep_and_sends_the_predicted_bytes(
-    transport: str, num_ranks: int, dtype: torch.dtype, overlap: bool
+    transport: str, num_ranks: int, dtype: torch.dtype, how: dict[str, int]
 ) -> None:
+    """how: also without hiding transfers, and with history in pieces."""
     plans = cases(num_ranks)
-    by_rank = run_on_ranks(WORLD, run_cases, transport, num_ranks, plans, dtype, overlap)[:num_ranks]
+    by_rank = run_on_ranks(WORLD, run_cases, transport, num_ranks, plans, dtype, how)[:num_ranks]
     for i, case in enumerate(plans):
         plan = plan_for(**case)
         batch = Batch(plan.layout, REQUESTS, dtype=dtype)
         outs = batch.gather([results[i][0] for results in by_rank])
-        alone = run_lockstep(plan, batch, kernel=get_kernel(choose_kernel()[0]))
+        alone = run_lockstep(plan, batch, kernel=get_kernel(choose_kernel()[0]), **how)
         assert all(torch.equal(a, b) for a, b in zip(outs, alone.outs, strict=True)), case
         sent: Counter[tuple[int, int]] = sum((results[i][1] for results in by_rank), Counter())
         predicted: Counter[tuple[int, int]] = sum(
