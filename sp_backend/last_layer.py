@@ -3,7 +3,7 @@
 Of a prompt's last layer only the last token's hidden state is read: a token is drawn from it. Keys and values of all
 tokens are made and kept in every layer; but queries, attention, output projection and MLP of the last one are those of
 one row a sequence, and one row over keys in pages is what the plans of decode steps are for, whichever plan the other
-layers ran under. (llama.cpp leaves out the same rows, from the output projection on.)
+layers ran under. (llama.cpp leaves out the same rows from the MLP on.)
 
 Every rank that runs a group decides the same, from what is equal on all of them.
 """
