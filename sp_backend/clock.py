@@ -15,7 +15,7 @@ import numpy as np
 
 from sp_backend.columns import Index
 from sp_backend.flow import Flow, Messages
-from sp_backend.grouping import bounds, run_starts
+from sp_backend.grouping import bounds, classes, run_starts
 from sp_backend.topology import Floats, Rates, Topology
 from sp_backend.work import Work
 
@@ -78,7 +78,7 @@ def _users(used: Index, first: int) -> list[tuple[Index, Index]]:
     starts = run_starts(resource)
     counts = np.diff(np.append(starts, len(resource)))
     found = []
-    for number in np.unique(counts):
+    for number in classes(counts)[0]:
         chosen = starts[counts == number]
         found.append((resource[chosen], message[chosen[:, None] + np.arange(number)]))
     return found
@@ -118,7 +118,9 @@ class Clock:
         received, ends, calls = self._now.copy(), self._links.at_rank[index], slice(*self._calling[index])
         if len(ends.ranks):
             received[ends.ranks] += ends.reduce(np.add, self._sent.astype(float)) * self._rates.message_seconds
-        received[np.union1d(ends.ranks, flow.calls.rank[calls])] += self._rates.round_seconds
+        there = np.zeros(len(received), bool)
+        there[ends.ranks] = there[flow.calls.rank[calls]] = True
+        received[there] += self._rates.round_seconds
         self._now[:] = received
         mine = slice(*self._waiting[index])
         self._wait(flow.waits.rank[mine], flow.waits.message[mine])

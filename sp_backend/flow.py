@@ -116,7 +116,7 @@ class _Finder:
         came = np.full(shape, -1, np.int32)
         self._arrived = np.zeros(shape, bool)  # just so
         self._arrived[t.dst[blocks], forms.transfer[blocks], t.chunk[blocks]] = True
-        for form in np.unique(forms.transfer[blocks]):
+        for form in classes(forms.transfer[blocks])[0]:
             rows = blocks[forms.transfer[blocks] == form]
             for inside in np.flatnonzero(forms.holds[form]):
                 came[t.dst[rows], inside, t.chunk[rows]] = self._message_of[rows]

@@ -15,6 +15,7 @@ import numpy as np
 from sp_backend.check import rendezvous
 from sp_backend.columns import OPERANDS, Columns, Rounds, mask_table
 from sp_backend.forms import Forms, forms_of
+from sp_backend.grouping import classes
 from sp_backend.layout import KV, STATE, Layout
 from sp_backend.plan import Plan
 from sp_backend.prune import used
@@ -105,7 +106,7 @@ def _states_come_home(layout: Layout, columns: Columns, forms: Forms) -> bool:
 def _covered(layout: Layout, columns: Columns, forms: Forms) -> bool:
     """Each visible pair of chunks is attended once: for all heads and slices, and none of them twice."""
     a = columns.attends
-    slices = lcm(*map(int, np.unique(a.pieces)))
+    slices = lcm(*classes(a.pieces)[0].tolist())
     pairs = layout.num_new, layout.num_chunks
     weight = (a.hi - a.lo) * (slices // a.pieces)
     total = np.bincount(a.q * pairs[1] + a.kv, weight, pairs[0] * pairs[1]).reshape(pairs)

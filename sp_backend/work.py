@@ -6,6 +6,8 @@ Arrays are [instructions, batches]; instructions that are equal but for their pl
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 
 from sp_backend.columns import Index
@@ -104,13 +106,14 @@ class Work:
 
     def _attend_seconds(self) -> Floats:
         """[parts, batches]. What a part costs depends on the kind of its queries and on how many keys of each kind it
-        meets, which one number stands for: a sum of 64 random bits for each kind.
+        meets, which one number stands for: a sum of 62 random bits for each kind.
         """
         parts, keys = self._flow.parts, self._flow.keys
-        random = np.random.default_rng(0).integers(1 << 62, size=self._kind.max() + 1)
+        random = Random(0)
+        bits = np.array([random.getrandbits(62) for _ in range(len(self._rows))])
         met = self._kind[keys.cut, keys.chunk]
         signature = np.zeros(len(parts.q), np.int64)
-        np.add.at(signature, keys.part, random[met])
+        np.add.at(signature, keys.part, bits[met])
         asked = np.stack([self._whole[parts.q], parts.heads, parts.causal, signature], 1)
         one = np.ascontiguousarray(asked, np.int64).view("V32").ravel()
         _, sample, which = np.unique(one, return_index=True, return_inverse=True)
