@@ -17,6 +17,7 @@ CHUNK = b"data: {"  # one of them for each token that has text
 DONE = b"data: [DONE]"
 SETTLE = 0.15  # of each stream does not count: others are still being prefilled
 RESOLUTION = 0.001  # seconds
+REMEMBERED = 500  # bytes of each stream, for what is cut between two reads, and for the message of a failure
 PATIENCE = 3600.0  # seconds that all streams may take together
 
 
@@ -68,16 +69,16 @@ class _Stream:
             f"Content-Length: {len(content)}\r\n\r\n"
         )
         self.arrivals: list[float] = []
-        self._seen = b""
+        self._last = b""
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.sendall(head.encode() + content)
 
     def read(self, now: float) -> bool:
         """Notes the tokens that have come; whether they were the last ones."""
         data = self.socket.recv(1 << 16)
-        text = self._seen[-len(DONE) + 1 :] + data
-        if not data or b'{"error":' in text:
-            raise RuntimeError(f"the server ended a stream: {(self._seen + data).decode(errors='replace')[-500:]}")
-        self.arrivals += [now] * (self._seen[-len(CHUNK) + 1 :] + data).count(CHUNK)
-        self._seen = data
-        return DONE in text
+        self.arrivals += [now] * (self._last[-len(CHUNK) + 1 :] + data).count(CHUNK)
+        ended = DONE in self._last[-len(DONE) + 1 :] + data
+        self._last = (self._last + data)[-REMEMBERED:]
+        if not data or b'{"error":' in self._last:
+            raise RuntimeError(f"the server ended a stream: {self._last.decode(errors='replace')}")
+        return ended

@@ -1,7 +1,12 @@
-"""What the comparisons with other libraries rest on: whose rows are whose, and that a wrong result is seen."""
+"""What the benchmarks rest on: whose rows are whose, that a wrong result is seen, and that every token is counted."""
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,7 @@ from benchmarks.attention_peers import NUM_RANKS, WRONG, error, positions
 from benchmarks.attention_ranks import Shape
 from benchmarks.command import without_folders
 from benchmarks.prefill_peers import Peer, check_same_model
+from benchmarks.streams import read_streams
 
 SHAPE = Shape(4, 2, 16)
 TOKENS = 128
@@ -51,3 +57,34 @@ def test_peers_that_compute_different_models_are_refused() -> None:
     check_same_model(peers[:2])
     with pytest.raises(RuntimeError, match="other computes another model than one"):
         check_same_model(peers)
+
+
+def answer(packets: Sequence[bytes]) -> int:
+    """The port of a server that takes one request, and answers it packet by packet."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(ConnectionError), listener, listener.accept()[0] as connection:  # the client leaves a failed one
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while not connection.recv(1 << 16).endswith(b"}"):
+                pass
+            for packet in packets:
+                connection.sendall(packet)
+                time.sleep(0.005)
+
+    threading.Thread(target=serve, daemon=True).start()
+    port: int = listener.getsockname()[1]
+    return port
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 1000])
+def test_tokens_are_counted_however_the_stream_is_cut(size: int) -> None:
+    text = b'data: {"a"}\n\n' * 3 + b"data: [DONE]\n\n"
+    (arrivals,) = read_streams(answer([text[i : i + size] for i in range(0, len(text), size)]), [[1, 2]], 3)
+    assert len(arrivals) == 3 and arrivals == sorted(arrivals)
+
+
+@pytest.mark.parametrize("rest", [b'data: {"error": "out of memory"}\n\ndata: [DONE]\n\n', b""])
+def test_a_stream_that_fails_or_breaks_off_is_no_measurement(rest: bytes) -> None:
+    with pytest.raises(RuntimeError, match=r'the server ended a stream: .*"a"'):
+        read_streams(answer([b'data: {"a"}\n\n', rest]), [[1, 2]], 3)
