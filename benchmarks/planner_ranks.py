@@ -40,7 +40,7 @@ from sp_backend.transport.shared_memory import shared_memory
 
 DTYPE = torch.bfloat16
 HIDDEN = 256  # of the dense products: their sizes, not their number, are those of a small model
-LONG_SECONDS = 2.0  # a candidate that takes this long is not run more often than FEWEST
+LONG_SECONDS = 0.5  # a candidate that takes this long is not run more often than FEWEST
 FEWEST = 3
 MOST = 100  # turns
 LONGEST_TRIAL = 32768  # tokens

@@ -99,23 +99,24 @@ class Table:
         fixed: Sequence[Times],
     ) -> None:
         self.variants, self.columns = list(variants), columns
-        self._axes, self._step_seconds = axes, rates.step_seconds
-        self._weights, token = weights_seconds(shape, rates), shape.dense_flops / rates.dense_flops
-        self._parts = np.concatenate(self._tell_apart(times, token, shape.num_layers), -1)  # [points, 5 x variants]
-        self._fixed = np.concatenate(self._tell_apart(fixed, token, shape.num_layers)[:-1], -1)[0]
+        self._axes, self._weights = axes, weights_seconds(shape, rates)
+        self._parts = np.concatenate(self._tell_apart(shape, rates, times), -1)  # [points, 5 x variants]
+        self._fixed = np.concatenate(self._tell_apart(shape, rates, fixed)[:-1], -1)[0]
         self._exposed = [shape.num_layers * t.exposed for t in times]
 
-    def _tell_apart(self, times: Sequence[Times], token: float, num_layers: int) -> list[Floats]:
-        """Seconds [points, variants] of attention: its own work, its links, what of it neither explains, all of it; and
-        of dense work.
+    def _tell_apart(self, shape: ModelShape, rates: Rates, times: Sequence[Times]) -> list[Floats]:
+        """Seconds [points, variants] of attention: its own work, its links, what neither explains, all of it; and of
+        dense work. A step's fixed time counts as attention that nothing explains.
         """
         step, tokens, exposed, transfer = (
             np.stack([getattr(t, name) for t in times], -1) for name in ("step", "tokens", "exposed", "transfer")
         )
-        attention = step - np.maximum(token * tokens, self._weights) - self._step_seconds
-        own = np.maximum(attention - num_layers * exposed, 0.0)
-        links = np.minimum(num_layers * transfer, attention)
-        return [own, links, attention - np.maximum(own, links), attention, token * tokens]
+        dense = tokens * shape.dense_flops / rates.dense_flops
+        attention = step - np.maximum(dense, self._weights)
+        without = attention - rates.step_seconds
+        own = np.maximum(without - shape.num_layers * exposed, 0.0)
+        links = np.minimum(shape.num_layers * transfer, without)
+        return [own, links, attention - np.maximum(own, links), attention, dense]
 
     def steps(self, batch: Batch, groups: Mapping[int, Sequence[Sequence[int]]]) -> Steps:
         """groups: degree -> the prompts that each group of so many ranks shares, the longest first."""
@@ -132,11 +133,14 @@ class Table:
         """[degrees, variants]: seconds of the slowest group."""
         members = list(chain.from_iterable(groups))
         attention = parts[:, : len(self._fixed)]
-        fixed = np.minimum(attention, self._fixed).take([group[0] for group in members], 0)
-        attention -= self._fixed
-        np.maximum(attention, 0.0, out=attention)
-        summed = np.add.reduceat(parts.take(list(chain.from_iterable(members)), 0), _starts(members))
-        summed[:, : len(self._fixed)] += fixed
+        least = np.minimum(attention, self._fixed)
+        attention -= least
+        has = [0.0] * (len(members) * len(parts))
+        for first, group in zip(range(0, len(has), len(parts)), members, strict=True):
+            for i in group:
+                has[first + i] = 1.0
+        summed = np.array(has).reshape(-1, len(parts)) @ parts
+        summed[:, : len(self._fixed)] += least.take([group[0] for group in members], 0)
         found: list[list[float]] = np.maximum.reduceat(self._together(summed), _starts(groups)).tolist()
         return found
 
@@ -144,7 +148,7 @@ class Table:
         """[steps, variants]: seconds of steps with these parts [steps, 5 x variants]."""
         own, links, unexplained, one_by_one, dense = parts.reshape(len(parts), 5, -1).swapaxes(0, 1)
         attention = np.minimum(np.maximum(own, links) + unexplained, one_by_one)
-        return np.asarray(attention + np.maximum(dense, self._weights) + self._step_seconds)
+        return np.asarray(attention + np.maximum(dense, self._weights))
 
     def exposed(self, steps: Steps, column: int) -> float:
         """Seconds of a step that a variant waits for communication, if prompts waited one after the other."""
