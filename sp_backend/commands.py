@@ -177,7 +177,7 @@ class StepResult(msgspec.Struct, frozen=True, tag=True):
     rank: int
     tokens: list[SampledToken]  # from the one rank that sampled; empty elsewhere
     seconds: float  # wall time of this step on this rank
-    query_key_pairs: int  # total visible (query, key, head-fraction) pairs attended: for one layer
+    query_key_pairs: int  # total visible (query, key, head-fraction) pairs attended, of a layer on average
     bytes_sent: int  # total, by plans
     wait_seconds: float  # total, blocked on transfers
     pooled: list[PooledStates] = []  # of this rank's rows; the sums of all ranks add up
