@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sp_backend.buffers import BufferPool
 from sp_backend.config import AUTO
-from sp_backend.execute import Counters, Executor
+from sp_backend.counting import Counters
+from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import get_kernel
 from sp_backend.layout import Kind

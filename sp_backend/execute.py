@@ -7,41 +7,27 @@ message's memory returns to the pool one round after its last block died, when w
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sp_backend.buffers import BufferPool, adjacent_rows, as_bytes, join_rows
+from sp_backend.buffers import BufferPool, as_bytes
+from sp_backend.counting import Counters
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import Kernel
 from sp_backend.kv_cache import Rows
 from sp_backend.layout import KV, STATE, Block, Q
 from sp_backend.messages import Arrival, ArrivingState, Leaving, view_of_rows, view_of_state
+from sp_backend.operands import Operands
 from sp_backend.pieces import MOST_HISTORY, moves_history
 from sp_backend.plan import Plan
-from sp_backend.schedule import Envelope, KernelCall, Schedule, ScheduleBuilder, Section, Slice
+from sp_backend.schedule import Envelope, KernelCall, Schedule, ScheduleBuilder, Section
 from sp_backend.slots import Slots
 from sp_backend.state import AttentionState
 from sp_backend.transport import Expected, Message, Transport
 
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the executor was made."""
-
-    bytes_sent: int = 0
-    wait_seconds: float = 0.0
-    query_key_pairs: float = 0.0
-    kernel_calls: int = 0
-
-
 Keep = Callable[[Block, Tensor], None]
-Waited = TypeVar("Waited")
 
 
 class Executor:
@@ -129,15 +115,16 @@ class Run:
         keep: Keep | None = None,
         results: Mapping[int, AttentionState] | None = None,
     ) -> None:
-        self._executor, self._schedule, self._pages, self._keep = executor, schedule, pages, keep
+        self._executor, self._schedule, self._keep = executor, schedule, keep
         self._results = results
-        self._held: dict[Block, Tensor] = {}
-        for block in executor.program.start:
-            tensor = (q if block.operand == Q else kv).get(block.chunk)
-            if tensor is not None:
-                assert tensor.dtype == executor.dtype, f"{block} is {tensor.dtype}, not {executor.dtype}"
-                self._held[block] = tensor
-        self._arrivals: dict[Block, Arrival] = {}
+        own = {block: (q if block.operand == Q else kv).get(block.chunk) for block in executor.program.start}
+        self._operands = Operands(
+            {block: tensor for block, tensor in own.items() if tensor is not None},
+            pages,
+            head_dim=executor.head_dim,
+            dtype=executor.dtype,
+            counters=executor.counters,
+        )
         self._arriving: list[ArrivingState] = []
         self._slots = Slots(executor.program.slots, schedule.rows, executor.head_dim, executor.pool)
         self._usable: list[ArrivingState] = []  # asked for in an earlier round
@@ -164,9 +151,9 @@ class Run:
         r = self._schedule.rounds[index]
         if not self._executor.overlap:
             for arrival in self._receiving:
-                self._wait(arrival)
+                self._operands.wait(arrival)
             for sending in self._leaving.sending:
-                self._timed(sending.wait)
+                self._executor.counters.timed(sending.wait)
         for call in r.calls:
             self._call(call)
         for arriving in self._usable:
@@ -184,7 +171,7 @@ class Run:
                     self._fold_arrived(last)
                 last = arriving
             self._finish(block, last, results[block.chunk])
-        for block in list(self._arrivals):  # came to be kept alone
+        for block in self._operands.expected():  # came to be kept alone
             self._drop(block)
         self._settle(self._leaving)
         self._slots.clear()
@@ -214,7 +201,7 @@ class Run:
             if section.use.block.operand == STATE:
                 self._arriving.append(ArrivingState(section, arrival))
             else:
-                self._arrivals[section.use.block] = arrival
+                self._operands.expect(section.use.block, arrival)
 
     def _messages(self, envelopes: Sequence[Envelope]) -> Iterator[Message]:
         for envelope in envelopes:
@@ -222,9 +209,9 @@ class Run:
             yield Message(envelope.peer, self._pack(envelope))
 
     def _pack(self, envelope: Envelope) -> Tensor:
-        sections, slices = envelope.sections, self._schedule.slices
-        if not any(s.use.block.operand == STATE or self._scattered(slices[s.use]) is not None for s in sections):
-            whole = as_bytes([self._read(slices[s.use]) for s in sections])
+        sections, slices, operands = envelope.sections, self._schedule.slices, self._operands
+        if not any(s.use.block.operand == STATE or operands.scattered(slices[s.use]) is not None for s in sections):
+            whole = as_bytes([operands.read(slices[s.use]) for s in sections])
             if whole is not None:
                 return whole
         ex = self._executor
@@ -233,69 +220,17 @@ class Run:
             if section.use.block.operand == STATE:
                 self._move_state(section, view_of_state(buffer, section, ex.dtype))
             else:
-                self._copy(slices[section.use], view_of_rows(buffer, section, ex.head_dim, ex.dtype))
+                operands.copy(slices[section.use], view_of_rows(buffer, section, ex.head_dim, ex.dtype))
         return buffer
 
-    def _copy(self, part: Slice, target: Tensor) -> None:
-        if (pages := self._scattered(part)) is not None:
-            torch.index_select(self._in_pages(part.heads), 0, pages.index, out=target)
-        else:
-            target.copy_(self._read(part))
-
-    def _scattered(self, part: Slice) -> Rows | None:
-        """Pages that do not follow each other, from which it has to be gathered; None: it lies together."""
-        return None if part.pages is None or part.pages.contiguous or part.held in self._held else part.pages
-
-    def _read(self, part: Slice) -> Tensor:
-        if (arrival := self._arrivals.get(part.held)) is not None:
-            self._wait(arrival)
-        tensor = self._held.get(part.held)
-        if tensor is None:
-            assert part.pages is not None, f"{part.held} is not there"
-            return part.pages.of(self._in_pages(part.heads))
-        if part.heads is not None:
-            tensor = tensor[..., part.heads[0] : part.heads[1], :]
-        if part.rows is not None:
-            tensor = join_rows([tensor[lo:hi] for lo, hi in part.rows if hi > lo])
-        return tensor
-
-    def _in_pages(self, heads: tuple[int, int] | None) -> Tensor:
-        assert self._pages is not None, "a schedule with places needs pages"
-        return self._pages if heads is None else self._pages[:, :, heads[0] : heads[1]]
-
     def _call(self, call: KernelCall) -> None:
-        self._slots.attend(call, self._queries(call), self._keys(call))
+        q = self._operands.queries(call)
+        kv = self._operands.keys(call, self._executor.pool, self._leaving.buffers)
+        self._slots.attend(call, q, kv)
         self._executor.counters.kernel_calls += 1
 
-    def _queries(self, call: KernelCall) -> Tensor:
-        """[rows, heads, head_dim] of a call."""
-        blocks = [self._read(part.slice) for part in call.qs]
-        if all(part.heads == (0, call.num_heads) for part in call.qs):
-            return join_rows(blocks)
-        q = blocks[0].new_empty(call.num_rows, call.num_heads, self._executor.head_dim)
-        for part, block in zip(call.qs, blocks, strict=True):
-            q[slice(*part.rows), slice(*part.heads)] = block
-        return q
-
-    def _keys(self, call: KernelCall) -> Tensor:
-        """[rows, 2, kv_heads, head_dim] of a call."""
-        if call.paged is not None:
-            pages = self._in_pages(call.paged.heads)
-            return pages if call.paged.rows is None else pages[slice(*call.paged.rows)]
-        blocks = [self._read(part) for part in call.kvs]
-        if len(blocks) == 1:
-            return blocks[0]
-        parts = [blocks[i][lo:hi] for i, lo, hi in call.keys]
-        joined = adjacent_rows(parts)
-        if joined is None:
-            shape = sum(len(p) for p in parts), *parts[0].shape[1:]
-            buffer = self._executor.pool.take(math.prod(shape) * parts[0].itemsize)
-            self._leaving.buffers.append(buffer)
-            joined = torch.cat(parts, out=buffer.view(parts[0].dtype).view(shape))
-        return joined
-
     def _came(self, arriving: ArrivingState) -> AttentionState:
-        return view_of_state(self._wait(arriving.arrival), arriving.section, self._executor.dtype)
+        return view_of_state(self._operands.wait(arriving.arrival), arriving.section, self._executor.dtype)
 
     def _fold_arrived(self, arriving: ArrivingState) -> None:
         self._slots.fold(arriving.section.use.block, self._came(arriving))
@@ -311,39 +246,23 @@ class Run:
 
     def _drop(self, block: Block) -> None:
         """Give up a received block, if it came at all."""
-        if (arrival := self._arrivals.pop(block, None)) is not None:
+        if (arrival := self._operands.arrival(block)) is not None:
             if self._keep is not None and block.operand == KV:
-                self._wait(arrival)
-                self._keep(block, self._held[block])
+                self._keep(block, self._operands.came(block))
             self._release(arrival)
-            self._held.pop(block, None)
+            self._operands.forget(block)
 
     def _release(self, arrival: Arrival) -> None:
         """One of a message's blocks will not be read again."""
         arrival.live -= 1
         if arrival.live == 0:
-            self._wait(arrival)  # its calls may all have been empty
+            self._operands.wait(arrival)  # its calls may all have been empty
             self._leaving.read.append(arrival.receiving)
-
-    def _wait(self, arrival: Arrival) -> Tensor:
-        """The message; its blocks can be read from now on."""
-        if arrival.data is None:
-            ex, arrival.data = self._executor, self._timed(arrival.receiving.wait)
-            for section in arrival.envelope.sections:
-                if section.use.block.operand != STATE:
-                    self._held[section.use.block] = view_of_rows(arrival.data, section, ex.head_dim, ex.dtype)
-        return arrival.data
 
     def _settle(self, leaving: Leaving) -> None:
         for sending in leaving.sending:
-            self._timed(sending.wait)
+            self._executor.counters.timed(sending.wait)
         for receiving in leaving.read:
             receiving.release()
         for buffer in leaving.buffers:
             self._executor.pool.give(buffer)
-
-    def _timed(self, wait: Callable[[], Waited]) -> Waited:
-        since = time.perf_counter()
-        done = wait()
-        self._executor.counters.wait_seconds += time.perf_counter() - since
-        return done

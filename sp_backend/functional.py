@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sp_backend.config import DTYPES
+from sp_backend.counting import Counters
 from sp_backend.engine import Problem, agree, engine_of
-from sp_backend.execute import Counters
 from sp_backend.layout import Kind
 from sp_backend.shards import Shards, cut, from_rows, full_lengths, to_rows, token_counts
 from sp_backend.strategies import Options, Variant
