@@ -119,8 +119,9 @@ def measure(
     times: Times = {n: {label: [] for label in servers} for n in lengths}
     for i, length in tqdm(rounds, desc="Prompts", unit="length"):
         before(length)
-        for label, server in servers.items():
-            times[length][label].append(time_to_first_token(server, length, seed=length + i))
+        labels = list(servers)
+        for label in labels[i % len(labels) :] + labels[: i % len(labels)]:  # nobody always runs after the same one
+            times[length][label].append(time_to_first_token(servers[label], length, seed=length + i))
     return times
 
 

@@ -163,6 +163,7 @@ def _sampling_defaults(folder: Path) -> dict[str, float]:
 
 def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context_length: int) -> BackendConfig:
     world = args.sp_size * args.tp_size
+    num_threads = args.threads_per_rank or max(1, machine.num_cores() // world)
     dtype = _dtype(args.dtype, model.dtype)
     num_pages = kv_memory = None
     if args.max_total_tokens is None:
@@ -188,7 +189,8 @@ def _backend(args: argparse.Namespace, model: ModelConfig, folder: Path, context
         num_pages=num_pages,
         kv_memory_bytes=kv_memory,
         context_length=context_length,
-        num_threads=args.threads_per_rank or max(1, machine.num_cores() // world),
+        num_threads=num_threads,
+        takes_all_cores=world * num_threads >= machine.num_cores(),
         seed=args.random_seed,
         dist_timeout=args.dist_timeout,
     )

@@ -22,7 +22,7 @@ from sp_backend.strategies import Variant
 from sp_backend.topology import Floats, Machine, Rates
 
 MOST_TRIALS: Final = 24
-REPEATS: Final = 3  # runs of each, of which the fastest counts
+REPEATS: Final = 3  # runs of each, of which the median counts
 SECONDS: Final = 0.75  # that all trials may take, each once; more only where it would not do for FEWEST quick ones
 FEWEST: Final = 12
 PRIOR: Final = 0.2  # standard deviation of a factor's logarithm: most rates are within 30 % of what was measured

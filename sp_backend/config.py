@@ -40,6 +40,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int | None = None  # per rank
     context_length: int
     num_threads: int = 1
+    takes_all_cores: bool = False  # the ranks: the server process has none of its own
     seed: int = 0  # dummy weights
     dist_timeout: float = 300.0  # seconds any collective or transfer may take
 

@@ -2,9 +2,9 @@
 
 Off (plan "local") is always a candidate: a prompt on one rank, all of its dense work too, nothing sent. A decision
 looks predicted step times up in a table that is made once (table.py).
-On near ties off wins: sharing must be predicted to gain more than predictions are wrong by (`Machine.error`), and off
-cannot be slower than itself. Variants that gain next to nothing over those kept are not kept, so that workers build
-few plans.
+On near ties off wins: sharing must be predicted to gain more than predictions are wrong by (`Machine.error`) and than
+ranks that wait for each other are held up (`delay`), and off cannot be slower than itself. Variants that gain next to
+nothing over those kept are not kept, so that workers build few plans.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ class Choice:
     forced: bool
     batch: Batch
     shape: ModelShape
-    margin: float  # by which sharing a prompt has to be predicted to be faster than off
+    margin: float  # by which sharing a prompt has to be predicted to be faster than off: a share of the time,
+    delay: float  # and seconds
 
     @property
     def reason(self) -> str:
         """In a line; written when it is asked for, as a decision has to be quick."""
         if self.variant == OFF:
             told = f"off: {_milliseconds(self.seconds)} on one rank a prompt"
-            return told if self.forced else f"{told}, and sharing one gains less than {self.margin:.0%}"
+            least = f"{self.margin:.0%}" + (f" and {_milliseconds(self.delay)}" if self.delay else "")
+            return told if self.forced else f"{told}, and sharing one gains less than {least}"
         shape = self.shape
         new, total = sum(t for t, _ in self.batch), sum(t + c for t, c in self.batch)
         q = new * shape.num_heads * (2 * shape.head_dim * shape.itemsize + 4)
@@ -88,8 +90,9 @@ class Planner:
     core for 2 ranks, 0.2 s for 4, 1 s for 8 and 2.4 s for 16.
 
     num_ranks: the SP size, at most the machine's ranks. layout: the server's. kind: of the chunks; None: each
-    strategy's default. redundant_kv: in layout heads, of new tokens. candidates: None: every variant that fits. Raises
-    ValueError where one does not.
+    strategy's default. redundant_kv: in layout heads, of new tokens. candidates: None: every variant that fits. delay:
+    seconds that a step may take longer than predicted where ranks wait for each other, as when other processes use
+    their cores. Raises ValueError where a candidate does not fit.
     """
 
     def __init__(
@@ -104,7 +107,9 @@ class Planner:
         redundant_kv: bool = False,
         page_size: int = 16,
         candidates: Sequence[Variant] | None = None,
+        delay: float = 0.0,
     ) -> None:
+        self._delay = delay
         self.machine, self.shape, self.num_ranks = machine.first(num_ranks), shape, num_ranks
         self._kind, self._causal, self._redundant_kv, self._page_size = kind, causal, redundant_kv, page_size
         if candidates is None:
@@ -143,7 +148,8 @@ class Planner:
             raise ValueError(f"degree is {degree}; this planner has {', '.join(map(str, table.columns))}")
         steps = table.steps(batch, self._groups(batch, [d for d in table.columns if degree in (None, d) or d == 1]))
         found = {d: min(seconds) for d, seconds in steps.by_degree.items()}
-        best = degree or min(found, key=lambda d: found[d] if d == 1 else found[d] * (1.0 + self.machine.error))
+        error, delay = self.machine.error, self._delay
+        best = degree or min(found, key=lambda d: found[d] if d == 1 else found[d] * (1.0 + error) + delay)
         seconds = steps.by_degree[best]
         column = table.columns[best].start + seconds.index(found[best])
         return Choice(
@@ -156,7 +162,8 @@ class Planner:
             forced=degree is not None,
             batch=batch,
             shape=self.shape,
-            margin=self.machine.error,
+            margin=error,
+            delay=delay,
         )
 
     def degree_for(self, new: int, cached: int) -> int:

@@ -193,6 +193,19 @@ def test_a_reason_says_what_moves_and_what_is_gained() -> None:
     assert off.startswith("off: ") and off.endswith("sharing one gains less than 8%")
 
 
+def test_sharing_has_to_gain_more_than_ranks_are_held_up() -> None:
+    """A delay moves the border to where the gain is larger than it; what is predicted stays the same."""
+    calm, busy = planner("loopback-2", "small"), Planner(load_machine("loopback-2"), SMALL, 2, delay=0.01)
+    lengths = range(16, 2048, 16)
+    for plan in (calm, busy):
+        assert {plan.degree_for(16, 0), plan.degree_for(2032, 0)} == {1, 2}
+    border = next(n for n in lengths if busy.degree_for(n, 0) == 2)
+    shared, off = calm.choose([(border, 0)]), busy.choose([(border - 16, 0)])
+    assert shared.degree == 2 and shared.off_seconds is not None and shared.off_seconds - shared.seconds > 0.01
+    assert off.reason.endswith("sharing one gains less than 8% and 10 ms")
+    assert busy.choose([(border, 0)]).seconds == shared.seconds
+
+
 def test_candidates_are_ranked_for_the_very_batch() -> None:
     ranked = planner("nvlink4-4").rank_candidates([(4096, 100)])
     seconds = [c.cost.step_seconds for c in ranked]
