@@ -54,6 +54,11 @@ class PlannedStep:
         """None where another plan runs beside the predicted one."""
         return self.choices[0].seconds if len(self.choices) == 1 else None
 
+    def predict(self) -> None:
+        """Finds what its plans should take, if that is not known yet."""
+        for choice in self.choices:
+            _ = choice.prediction  # which keeps it
+
     @property
     def plan(self) -> str:
         """The plans that run side by side, joined by +."""

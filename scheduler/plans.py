@@ -7,8 +7,9 @@ fixed and a prompt is spread from a number of new tokens on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import msgspec
@@ -25,13 +26,6 @@ REASONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class PlanChoice:
-    plan: str
-    reason: str
-    seconds: float | None = None  # predicted for the whole step; None: not predicted
-
-
 class Prediction(Protocol):
     @property
     def variant(self) -> Any: ...  # its str() is the plan's name
@@ -39,6 +33,30 @@ class Prediction(Protocol):
     def reason(self) -> str: ...
     @property
     def seconds(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """A plan for some chunks of a step. What it is predicted to take is found when somebody asks: where nothing is to
+    be chosen, that can wait until workers have the step.
+    """
+
+    plan: str
+    told: str = ""  # the reason, if nothing is predicted
+    predict: Callable[[], Prediction] | None = None
+
+    @cached_property
+    def prediction(self) -> Prediction | None:
+        return None if self.predict is None else self.predict()
+
+    @property
+    def reason(self) -> str:
+        return self.told if self.prediction is None else self.prediction.reason
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole step; None: not predicted."""
+        return None if self.prediction is None else self.prediction.seconds
 
 
 class StepPlanner(Protocol):
@@ -79,8 +97,10 @@ class PlanChooser:
 
     def _choose(self, key: str | int, batch: Sequence[tuple[int, int]]) -> PlanChoice:
         if self._planner is not None and (isinstance(key, int) or (key == LOCAL and max(batch)[0] > 1)):
-            choice = self._planner.choose(batch, key if isinstance(key, int) else 1)
-            return PlanChoice(str(choice.variant) if isinstance(key, int) else key, choice.reason, choice.seconds)
+            if not isinstance(key, int):
+                return PlanChoice(key, predict=partial(self._planner.choose, batch, 1))
+            choice = self._planner.choose(batch, key)
+            return PlanChoice(str(choice.variant), predict=lambda: choice)
         if isinstance(key, int):
             return PlanChoice(self._plan, "the only plan for spread prompts here")
         return PlanChoice(key, REASONS[key])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,23 @@ def test_a_follow_up_stays_in_the_group_that_holds_its_prefix(harness: Harness) 
     harness.run()
     part = harness.workers.steps[-1].groups[0].sequences[0]
     assert (part.start, part.home, part.degree) == (100, home, 2)
+
+
+@pytest.mark.parametrize(("num_new", "num_sent"), [(1000, 0), (30, 1)])
+def test_a_prediction_that_chooses_nothing_waits_until_workers_have_the_step(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, num_new: int, num_sent: int
+) -> None:
+    sent: list[int] = []
+    choose = Rule.choose
+
+    def spy(*args: Any) -> Predicted:
+        sent.append(len(harness.workers.steps))
+        return choose(*args)
+
+    monkeypatch.setattr(Rule, "choose", spy)
+    harness.submit("it", [7] * num_new, 1)
+    harness.run()
+    assert sent == [num_sent]
 
 
 def test_totals_by_plan_and_the_newest_choice(harness: Harness) -> None:
