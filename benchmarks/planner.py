@@ -153,7 +153,7 @@ def observing(told: Planner, machine: Machine, case: Case) -> Planner:
     for trial in trials:
         plan, geometry = told.plan(trial.variant), told.lay_out(trial.variant, trial.batch)
         step = simulate(plan, machine, told.shape, geometry, dense=True).step_seconds
-        seconds.append(min(step * random.gauss(1.0, NOISE) for _ in range(REPEATS)))
+        seconds.append(statistics.median(step * random.gauss(1.0, NOISE) for _ in range(REPEATS)))
     return told.on(correct(told, trials, seconds).machine)
 
 
