@@ -120,7 +120,9 @@ def _corrected(planner: Planner, kernel: Kernel, transport: Transport) -> Correc
         runs.append(_layer(plan, geometry, shape, kernel, transport))
     layers = [[_timed(run) for run in runs] for _ in range(1 + REPEATS)][1:]
     fixed = planner.machine.rates.step_seconds
-    return correct(planner, trials, [fixed + shape.num_layers * min(each) for each in zip(*layers, strict=True)])
+    return correct(
+        planner, trials, [fixed + shape.num_layers * statistics.median(each) for each in zip(*layers, strict=True)]
+    )
 
 
 def _timed(run: Callable[[], object]) -> float:

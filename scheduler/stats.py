@@ -83,7 +83,7 @@ class Totals:
         self._busy_seconds = [0.0] * backend.world_size
         self._idle_seconds = [0.0] * backend.world_size
         self._plans: dict[str, PlanStats] = {}
-        self._last_choice: LastChoice | None = None
+        self._last_chosen: tuple[PlanChoice, float] | None = None  # and what its step took
 
     def add(self, planned: PlannedStep, results: Sequence[StepResult], follows: frozenset[int]) -> None:
         """follows: SP ranks that took part in the step before, if there was no pause."""
@@ -101,7 +101,7 @@ class Totals:
         if predicted is not None:
             plan.predicted_seconds += predicted
             plan.measured_seconds += seconds
-            self._last_choice = LastChoice(planned.plan, planned.choices[0].reason, predicted, seconds)
+            self._last_chosen = planned.choices[0], seconds
 
     def stats(self, batcher: Batcher, num_submitted: int) -> Stats:
         """num_submitted: requests that the batcher has not got yet."""
@@ -122,8 +122,16 @@ class Totals:
             num_steps=dict(counters.num_steps),
             capacity_tokens=batcher.max_length,
             plans={plan: copy(stats) for plan, stats in self._plans.copy().items()},
-            last_choice=self._last_choice,
+            last_choice=self._last_choice(),
         )
+
+    def _last_choice(self) -> LastChoice | None:
+        """Its reason is written here, not while somebody waits for the step's tokens."""
+        if self._last_chosen is None:
+            return None
+        choice, measured = self._last_chosen
+        assert choice.seconds is not None, "predicted"
+        return LastChoice(choice.plan, choice.reason, choice.seconds, measured)
 
     def _rank_stats(self, rank: int, pool: PagePool) -> RankStats:
         sp_rank = rank % self._backend.sp_size
@@ -170,7 +178,7 @@ class StepLog:
         self._num_prefilled, self._prefilled_at = num_new, now
 
     def plan(self, kind: str, num_tokens: int, choices: Sequence[PlanChoice], seconds: float) -> None:
-        for choice in choices:
+        for choice in choices if logger.isEnabledFor(logging.DEBUG) else ():
             predicted = "not" if choice.seconds is None else f"{1000 * choice.seconds:.2f} ms"
             logger.debug(
                 "%s step of %d tokens: %s (%s); predicted %s, measured %.2f ms",

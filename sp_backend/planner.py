@@ -9,12 +9,13 @@ nothing over those kept are not kept, so that workers build few plans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,8 +37,7 @@ HIDDEN: Final = 0.03  # share of a step that communication may cost and be calle
 _APART: Final = 1, 2, 5, 11  # places between points of the table, by time, that two groups of ranks are tried with
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """second: the next best variant of the same degree, and its predicted seconds. forced: the degree was given."""
 
     variant: Variant
@@ -125,8 +125,8 @@ class Planner:
         other = copy(self)
         other.machine = machine.first(self.num_ranks)
         other._costs = {v: cost.on(other.machine) for v, cost in self._costs.items()}
-        other.__dict__.pop("_table", None)
-        other.__dict__.pop("_dense_pairs", None)
+        for made in ("_table", "_dense_pairs", "_known_degrees"):
+            other.__dict__.pop(made, None)
         return other
 
     @property
@@ -148,8 +148,7 @@ class Planner:
             raise ValueError(f"degree is {degree}; this planner has {', '.join(map(str, table.columns))}")
         steps = table.steps(batch, self._groups(batch, [d for d in table.columns if degree in (None, d) or d == 1]))
         found = {d: min(seconds) for d, seconds in steps.by_degree.items()}
-        error, delay = self.machine.error, self._delay
-        best = degree or min(found, key=lambda d: found[d] if d == 1 else found[d] * (1.0 + error) + delay)
+        best = degree or self._best_degree(found)
         seconds = steps.by_degree[best]
         column = table.columns[best].start + seconds.index(found[best])
         return Choice(
@@ -162,13 +161,16 @@ class Planner:
             forced=degree is not None,
             batch=batch,
             shape=self.shape,
-            margin=error,
-            delay=delay,
+            margin=self.machine.error,
+            delay=self._delay,
         )
 
     def degree_for(self, new: int, cached: int) -> int:
-        """How many ranks should share one prompt that is alone; 1: it is best left on one."""
-        return self.choose([(new, cached)]).degree
+        """How many ranks should share one prompt that is alone; 1: it is best left on one. Mostly known beforehand:
+        the server of a short prompt has little else to do than to decide.
+        """
+        i, j = self._table.axes.cell(new, cached)
+        return self._known_degrees[i][j] or self.choose([(new, cached)]).degree
 
     def step_seconds(self, variant: Variant, batches: Sequence[Batch]) -> Floats:
         """Predicted for each batch, all of as many prompts, under one candidate."""
@@ -215,6 +217,23 @@ class Planner:
 
     def _degree(self, variant: Variant) -> int:
         return 1 if variant == OFF else variant.degree or self.num_ranks
+
+    def _best_degree(self, seconds: Mapping[int, float]) -> int:
+        """Of seconds by degree."""
+        error, delay = self.machine.error, self._delay
+        return min(seconds, key=lambda d: seconds[d] if d == 1 else seconds[d] * (1.0 + error) + delay)
+
+    @cached_property
+    def _known_degrees(self) -> list[list[int]]:
+        """[new][cached]: of all prompts between four points of the table, where those agree; or else 0."""
+        table = self._table
+        seconds = table.seconds()
+        least = [seconds[..., columns].min(-1).ravel().tolist() for columns in table.columns.values()]
+        best = [self._best_degree(dict(zip(table.columns, each, strict=True))) for each in zip(*least, strict=True)]
+        degree = np.array(best).reshape(seconds.shape[:2])
+        corners = np.stack([degree[:-1, :-1], degree[:-1, 1:], degree[1:, :-1], degree[1:, 1:]])
+        found: list[list[int]] = np.where((corners == corners[0]).all(0), corners[0], 0).tolist()
+        return found
 
     def _groups(self, batch: Batch, degrees: Sequence[int]) -> dict[int, list[list[int]]]:
         """The prompts of each group of ranks that has any, by degree."""

@@ -60,6 +60,11 @@ class Axes:
         others = {new for new in cls.even(num_ranks).new if new < page_size or new > len(pages) * page_size}
         return cls(tuple(sorted(ends | others)))
 
+    def cell(self, new: int, cached: int) -> tuple[int, int]:
+        """Which points a prompt comes after; the last ones but one beyond the table."""
+        i = min(max(bisect_right(self.new, new), 1), len(self.new) - 1) - 1
+        return i, min(bisect_right(self.cached, cached), len(self.cached) - 1) - 1
+
     def sizes(self, layout: Layout, page_size: int) -> Sizes:
         """Every point, with each group of ranks under the same load."""
         by_new = [_rows(layout, new, 0, page_size) for new in self.new]
@@ -102,7 +107,7 @@ class Table:
         fixed: Sequence[Times],
     ) -> None:
         self.variants, self.columns = list(variants), columns
-        self._axes, self._weights = axes, weights_seconds(shape, rates)
+        self.axes, self._weights = axes, weights_seconds(shape, rates)
         self._parts = np.concatenate(self._tell_apart(shape, rates, times), -1)  # [points, 5 x variants]
         self._fixed = np.concatenate(self._tell_apart(shape, rates, fixed)[:-1], -1)[0]
         self._exposed = [shape.num_layers * t.exposed for t in times]
@@ -120,6 +125,10 @@ class Table:
         own = np.maximum(without - shape.num_layers * exposed, 0.0)
         links = np.minimum(shape.num_layers * transfer, without)
         return [own, links, attention - np.maximum(own, links), attention, dense]
+
+    def seconds(self) -> Floats:
+        """[new, cached, variants] of a step with one prompt, at the points of the axes."""
+        return self._together(self._parts).reshape(len(self.axes.new), len(self.axes.cached), -1)
 
     def steps(self, batch: Batch, groups: Mapping[int, Sequence[Sequence[int]]]) -> Steps:
         """groups: degree -> the prompts that each group of so many ranks shares, the longest first."""
@@ -167,11 +176,10 @@ class Table:
 
     def _place(self, batch: Batch) -> tuple[NDArray[np.intp], Floats]:
         """The four points around each prompt, and their weights; beyond the table it goes on as in its last cell."""
-        cells, weights, (by_new, by_cached) = [], [], (self._axes.new, self._axes.cached)
+        cells, weights, (by_new, by_cached) = [], [], (self.axes.new, self.axes.cached)
         width = len(by_cached)
         for new, cached in batch:
-            i = min(max(bisect_right(by_new, new), 1), len(by_new) - 1) - 1
-            j = min(bisect_right(by_cached, cached), width - 1) - 1
+            i, j = self.axes.cell(new, cached)
             x = (new - by_new[i]) / (by_new[i + 1] - by_new[i])
             y = (cached - by_cached[j]) / (by_cached[j + 1] - by_cached[j])
             first = i * width + j

@@ -113,6 +113,17 @@ def test_few_tokens_stay_on_one_rank_and_many_are_spread_over_all() -> None:
     assert degrees == sorted(degrees)
 
 
+@pytest.mark.parametrize(("machine", "shape"), [("nvlink4-4", "llama"), ("loopback-2", "small")])
+def test_the_degree_that_is_known_beforehand_is_the_one_that_would_be_chosen(machine: str, shape: str) -> None:
+    random = Random(5)
+    for delay in (0.0, 4e-3):
+        chooser = Planner(load_machine(machine), SHAPES[shape], planner(machine).num_ranks, page_size=64, delay=delay)
+        prompts = [(int(2 ** random.uniform(0, 17)), int(2 ** random.uniform(-1, 17))) for _ in range(200)]
+        found = [chooser.degree_for(*prompt) for prompt in prompts]
+        assert found == [chooser.choose([prompt]).degree for prompt in prompts]
+        assert len(set(found)) > 1
+
+
 def test_off_wins_unless_sharing_gains_more_than_its_margin() -> None:
     """A link so slow that nothing is worth sending, and one so slow that only long prompts are."""
     for bandwidth, long in ((1e5, 1), (1e9, 4)):
