@@ -14,7 +14,7 @@ from benchmarks.launched import LaunchedServer
 from benchmarks.prefill import time_to_first_token
 from benchmarks.streams import gaps, read_streams
 
-TOKENS = 200  # of each stream: a start with few streams then weighs little
+TOKENS = 200  # of each stream
 ONE_TOKEN_REQUESTS = 256
 
 
@@ -75,7 +75,7 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """Many streams at once, prefill and decode steps together."""
+    """Steps while all of many streams run."""
 
     steps: StepTimes
     median: float  # seconds between two tokens of a stream ...
@@ -87,9 +87,17 @@ class Streams:
 
 def streams(server: LaunchedServer, num_streams: int, prompt_tokens: int) -> Streams:
     prompts = _prompts(server, num_streams, prompt_tokens)
-    watch = Watch(server)
-    between = gaps(server.port, prompts, TOKENS)
-    return Streams(watch.steps(), *map(float, np.quantile(between, (0.5, 0.99))))
+    watch, steps = Watch(server), list[StepTimes]()
+
+    def look(all_run: bool) -> None:
+        nonlocal watch
+        if all_run:
+            watch = Watch(server)
+        else:
+            steps.append(watch.steps())
+
+    between = gaps(server.port, prompts, TOKENS, look)
+    return Streams(*steps, *map(float, np.quantile(between, (0.5, 0.99))))
 
 
 def prefill(server: LaunchedServer, prompt_tokens: int) -> StepTimes:

@@ -11,7 +11,7 @@ import selectors
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 CHUNK = b"data: {"  # one of them for each token that has text
 DONE = b"data: [DONE]"
@@ -26,9 +26,13 @@ def inter_token_seconds(port: int, prompts: Sequence[list[int]], num_tokens: int
     return statistics.median(gaps(port, prompts, num_tokens))
 
 
-def gaps(port: int, prompts: Sequence[list[int]], num_tokens: int) -> list[float]:
-    """Seconds between two tokens of each stream, while as many streams run as there are prompts."""
-    arrivals = read_streams(port, prompts, num_tokens)
+def gaps(
+    port: int, prompts: Sequence[list[int]], num_tokens: int, tell: Callable[[bool], None] = lambda all_run: None
+) -> list[float]:
+    """Seconds between two tokens of each stream, while as many streams run as there are prompts. tell: see
+    read_streams.
+    """
+    arrivals = read_streams(port, prompts, num_tokens, tell)
     begin = max(times[int(SETTLE * len(times))] for times in arrivals)
     end = min(times[-1] for times in arrivals)
     found = [b - a for times in arrivals for a, b in zip(times, times[1:], strict=False) if begin <= a and b <= end]
@@ -37,10 +41,15 @@ def gaps(port: int, prompts: Sequence[list[int]], num_tokens: int) -> list[float
     return found
 
 
-def read_streams(port: int, prompts: Sequence[list[int]], num_tokens: int) -> list[list[float]]:
-    """When each token of each greedy completion arrived; all run at once."""
+def read_streams(
+    port: int, prompts: Sequence[list[int]], num_tokens: int, tell: Callable[[bool], None] = lambda all_run: None
+) -> list[list[float]]:
+    """When each token of each greedy completion arrived; all run at once. tell: called with True once every stream has
+    a token, with False as soon as one has ended.
+    """
     streams = [_Stream(port, prompt, num_tokens) for prompt in prompts]
     deadline = time.perf_counter() + PATIENCE
+    all_run: bool | None = None
     with selectors.DefaultSelector() as selector:
         try:
             for stream in streams:
@@ -53,6 +62,10 @@ def read_streams(port: int, prompts: Sequence[list[int]], num_tokens: int) -> li
                 for key, _ in ready:
                     if key.data.read(now):
                         selector.unregister(key.fileobj)
+                if all_run is None and all(stream.arrivals for stream in streams):
+                    tell(all_run := True)
+                if all_run and len(selector.get_map()) < len(streams):
+                    tell(all_run := False)
                 time.sleep(RESOLUTION)
         finally:
             for stream in streams:

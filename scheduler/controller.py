@@ -125,6 +125,7 @@ class Controller:
                 self._last_ranks = frozenset()
                 return False
             results = self._results_before_next_is_planned()
+            self._in_flight[0].planned.predict()  # not before: workers that are being woken need this thread's core
             if results is None and not self._closing:
                 self._send_next()
                 self.hand_out()
@@ -181,7 +182,6 @@ class Controller:
         self._step_id += 1
         steps = self._writer.write(self._step_id, planned.chunks, self.batcher.take_ended())
         self._workers.submit(steps)
-        planned.predict()  # while they work, not when they are done and somebody waits for a token
         self.batcher.sent(planned)
         self._in_flight.append(InFlight(planned, self._clock(), self._last_ranks))
         self._last_ranks = frozenset(rank for rank, step in enumerate(steps) if step is not None)
