@@ -80,16 +80,21 @@ def _socket(timeout: float) -> socket.socket:
 
 
 class _Segment:
-    """Memory that holds one message, mapped by this process."""
+    """This rank's memory for one message, and the descriptor by which peers map it."""
 
     def __init__(self, number: int, fd: int, num_bytes: int) -> None:
         """Keeps fd."""
         self.number, self.fd = number, fd
-        self._map = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self.data = torch.frombuffer(self._map, dtype=torch.uint8)
+        os.ftruncate(fd, num_bytes)
+        self.data = _mapped(fd)
 
     def __del__(self) -> None:
         os.close(self.fd)
+
+
+def _mapped(fd: int) -> Tensor:
+    """[bytes] uint8: all of a segment, for as long as the tensor lives, also after fd is closed."""
+    return torch.frombuffer(mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), dtype=torch.uint8)
 
 
 @dataclass(slots=True)
@@ -99,7 +104,7 @@ class _Peer:
     num_expected: int = 0  # messages, so far
     num_came: int = 0
     came: dict[int, tuple[int, int]] = field(default_factory=dict)  # message -> segment, bytes: not yet waited for
-    theirs: dict[int, _Segment] = field(default_factory=dict)
+    theirs: dict[int, Tensor] = field(default_factory=dict)  # its segments, by number
     knows: set[int] = field(default_factory=set)  # this rank's segments
     alive: bool = True
 
@@ -116,6 +121,7 @@ class SharedMemoryTransport:
         self._free: list[_Segment] = []
         self._taken: dict[int, _Segment] = {}  # by address: to be sent
         self._num_made = 0
+        self._failed = ""  # why, once ranks are out of step
 
     @property
     def num_bytes(self) -> int:
@@ -128,6 +134,8 @@ class SharedMemoryTransport:
         return segment.data[:num_bytes]
 
     def exchange(self, receives: Sequence[Expected], sends: Iterable[Message]) -> tuple[list[Receiving], list[Sending]]:
+        if self._failed:  # a message of then would be taken for one of now
+            raise RuntimeError(f"{self._failed}; after that, connect the ranks anew")
         receiving: list[Receiving] = [_Receive(self, self._peers[e.peer], e.num_bytes) for e in receives]
         return receiving, [self._send(m) for m in sends]
 
@@ -152,10 +160,8 @@ class SharedMemoryTransport:
         if self._free:
             self._discard(max(self._free, key=lambda segment: segment.data.numel()))
         size = -(-num_bytes // GRANULE) * GRANULE
-        fd = os.memfd_create("sp_backend")
-        os.ftruncate(fd, size)
         self._num_made += 1
-        made = self._segments[self._num_made] = _Segment(self._num_made, fd, size)
+        made = self._segments[self._num_made] = _Segment(self._num_made, os.memfd_create("sp_backend"), size)
         return made
 
     def _discard(self, segment: _Segment) -> None:
@@ -182,29 +188,34 @@ class SharedMemoryTransport:
                 for other in self._peers.values():
                     self._read_notes(other)
                 if not self._sleep(peer, select.POLLOUT | select.POLLIN, deadline):
-                    raise self._failure(f"rank {peer.rank} took nothing") from None
+                    raise self._timed_out(f"rank {peer.rank} took nothing") from None
             except (BrokenPipeError, ConnectionResetError):
                 peer.alive = False
                 if what == _SENT:
-                    raise RuntimeError(f"rank {self.rank}: rank {peer.rank} is gone") from None
+                    raise self._failure(f"rank {peer.rank} is gone") from None
                 return
 
-    def _message(self, peer: _Peer, index: int, num_bytes: int) -> _Segment:
-        """Wait for the peer's message of that number."""
+    def _message(self, peer: _Peer, index: int, num_bytes: int) -> tuple[int, Tensor]:
+        """Wait for the peer's message of that number: its segment, and what it says."""
         began = time.monotonic()
         while index not in peer.came:
             read = self._read_notes(peer)
             if not peer.alive and index not in peer.came:
-                raise RuntimeError(f"rank {self.rank}: rank {peer.rank} is gone")
+                raise self._failure(f"rank {peer.rank} is gone")
             spun = time.monotonic() - began > _SPIN_SECONDS
             if not read and spun and not self._sleep(peer, select.POLLIN, began + self._timeout):
-                raise self._failure(f"nothing came from rank {peer.rank}")
+                raise self._timed_out(f"nothing came from rank {peer.rank}")
         number, came = peer.came.pop(index)
-        assert came == num_bytes, f"rank {peer.rank} sent {came} bytes, rank {self.rank} expects {num_bytes}"
-        return peer.theirs[number]
+        if came != num_bytes:
+            raise self._failure(f"rank {peer.rank} sent {came} bytes, not {num_bytes}: give all ranks equal arguments")
+        return number, peer.theirs[number][:num_bytes]
+
+    def _timed_out(self, what: str) -> RuntimeError:
+        return self._failure(f"{what} (time limit {self._timeout:g} s)")
 
     def _failure(self, what: str) -> RuntimeError:
-        return RuntimeError(f"rank {self.rank}: {what} (time limit {self._timeout:g} s)")
+        self._failed = f"rank {self.rank}: {what}"
+        return RuntimeError(self._failed)
 
     def _sleep(self, peer: _Peer, events: int, deadline: float) -> bool:
         """Until the peer's socket is ready: False, if that takes too long."""
@@ -217,7 +228,7 @@ class SharedMemoryTransport:
         read = False
         while peer.alive:
             try:
-                note, fds, _, _ = socket.recv_fds(peer.socket, _NOTE.size, 1)
+                note, fds, flags, _ = socket.recv_fds(peer.socket, _NOTE.size, 1)
             except BlockingIOError:
                 return read
             except ConnectionResetError:  # said once of a peer that did not read all; its own notes come next
@@ -228,8 +239,8 @@ class SharedMemoryTransport:
                 return read
             what, number, num_bytes = _NOTE.unpack(note)
             if what == _SENT:
-                if fds:
-                    peer.theirs[number] = _Segment(number, fds[0], os.fstat(fds[0]).st_size)
+                if fds or flags & socket.MSG_CTRUNC:
+                    peer.theirs[number] = self._new_segment(peer, fds)
                 peer.came[peer.num_came] = number, num_bytes
                 peer.num_came += 1
             elif what == _READ:
@@ -238,22 +249,33 @@ class SharedMemoryTransport:
                 del peer.theirs[number]
         return read
 
+    def _new_segment(self, peer: _Peer, fds: Sequence[int]) -> Tensor:
+        """What came with a note; nothing, where this process may open no more files."""
+        if not fds:
+            raise self._failure(f"too many open files to read what rank {peer.rank} sends: raise `ulimit -n`")
+        try:
+            return _mapped(fds[0])
+        except OSError as error:
+            raise self._failure(f"what rank {peer.rank} sends cannot be mapped: {error}") from error
+        finally:
+            os.close(fds[0])
+
 
 class _Receive:
     def __init__(self, transport: SharedMemoryTransport, peer: _Peer, num_bytes: int) -> None:
         self._transport, self._peer, self._num_bytes = transport, peer, num_bytes
         self._index, peer.num_expected = peer.num_expected, peer.num_expected + 1
-        self._segment: _Segment | None = None
+        self._came: tuple[int, Tensor] | None = None  # segment, message
 
     def wait(self) -> Tensor:
-        if self._segment is None:
-            self._segment = self._transport._message(self._peer, self._index, self._num_bytes)
-        return self._segment.data[: self._num_bytes]
+        if self._came is None:
+            self._came = self._transport._message(self._peer, self._index, self._num_bytes)
+        return self._came[1]
 
     def release(self) -> None:
-        assert self._segment is not None, "released before it was waited for"
+        assert self._came is not None, "released before it was waited for"
         if self._peer.alive:
-            self._transport._tell(self._peer, _READ, self._segment.number)
+            self._transport._tell(self._peer, _READ, self._came[0])
 
 
 class _Left:

@@ -1,5 +1,8 @@
 """Memory shared by the ranks of a host: read in place, and clear errors when a rank is gone."""
 
+import gc
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -96,6 +99,90 @@ def wait_for_nothing(rank: int, size: int) -> str:
 
 def test_a_silent_rank_is_an_error_after_the_timeout() -> None:
     assert run_on_ranks(WORLD, wait_for_nothing)[2] == "rank 2: nothing came from rank 3 (time limit 0.3 s)"
+
+
+def come_too_late(rank: int, size: int) -> str:
+    """A message that was waited for in vain comes after all."""
+    transport = connect(rank, size, timeout=0.3)
+    if rank == 0:
+        (arriving,), _ = transport.exchange([Expected(1, 1)], ())
+        with pytest.raises(RuntimeError):
+            arriving.wait()
+    dist.barrier()
+    if rank == 1:
+        transport.exchange((), [Message(0, message(1))])
+    dist.barrier()
+    if rank == 1:
+        return ""
+    with pytest.raises(RuntimeError) as failure:
+        transport.exchange([Expected(1, 1)], ())
+    return str(failure.value)
+
+
+def test_after_a_timeout_no_old_message_is_taken_for_a_new_one() -> None:
+    said = run_on_ranks(2, come_too_late)[0]
+    assert said.startswith("rank 0: nothing came from rank 1") and "connect the ranks anew" in said
+
+
+def expect_more(rank: int, size: int) -> str:
+    transport, peer = connect(rank, size), rank ^ 1
+    (arriving,), _ = transport.exchange([Expected(peer, 3)], [Message(peer, message(1, 2))])
+    with pytest.raises(RuntimeError) as failure:
+        arriving.wait()
+    dist.barrier()
+    return str(failure.value)
+
+
+def test_a_message_of_another_size_is_an_error_that_names_both() -> None:
+    assert run_on_ranks(2, expect_more)[0] == "rank 0: rank 1 sent 2 bytes, not 3: give all ranks equal arguments"
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def hold_messages(rank: int, size: int) -> tuple[int, int]:
+    """Files that are open more while eight messages each way are held, and when the transport is gone."""
+    transport, peer, count = connect(rank, size), rank ^ 1, 8
+    dist.barrier()
+    gc.collect()
+    before = open_files()
+    receiving, _ = transport.exchange([Expected(peer, 1)] * count, [Message(peer, message(1))] * count)
+    for arriving in receiving:
+        arriving.wait()
+    held = open_files() - before
+    del transport, receiving, arriving
+    gc.collect()
+    return held, open_files() - before
+
+
+def test_a_segment_takes_two_files_where_it_was_made_and_one_where_it_is_read() -> None:
+    socket = 1
+    assert run_on_ranks(2, hold_messages) == [(8 * (2 + 1), -socket)] * 2
+
+
+def receive_with_no_file_left(rank: int, size: int) -> str:
+    transport = connect(rank, size)
+    if rank == 1:
+        transport.exchange((), [Message(0, message(1))])
+    dist.barrier()
+    if rank == 1:
+        return ""
+    (arriving,), _ = transport.exchange([Expected(1, 1)], ())
+    few, many = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, many))
+    try:
+        with pytest.raises(RuntimeError) as failure:
+            arriving.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, many))
+    return str(failure.value)
+
+
+def test_too_many_open_files_are_named_with_what_to_do() -> None:
+    assert run_on_ranks(2, receive_with_no_file_left)[0] == (
+        "rank 0: too many open files to read what rank 1 sends: raise `ulimit -n`"
+    )
 
 
 RANK = """
