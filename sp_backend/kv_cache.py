@@ -92,7 +92,13 @@ class KVCache:
     ) -> None:
         shape = (num_pages * page_size, 2, num_kv_heads, head_dim)
         allocate = _in_huge_pages if device.type == "cpu" else partial(torch.empty, device=device)
-        self._layers = [allocate(shape, dtype=dtype) for _ in range(num_layers)]
+        try:
+            self._layers = [allocate(shape, dtype=dtype) for _ in range(num_layers)]
+        except OSError as error:
+            need = num_layers * math.prod(shape) * dtype.itemsize
+            raise ValueError(
+                f"no memory for a KV cache of {need} bytes: lower --max-total-tokens or --mem-fraction-static ({error})"
+            ) from error
 
     @staticmethod
     def bytes_per_page(*, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:

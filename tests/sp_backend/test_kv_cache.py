@@ -61,6 +61,11 @@ def test_what_is_written_is_read_back(slots: list[int]) -> None:
     )
 
 
+def test_a_cache_that_the_system_has_no_memory_for_is_refused_by_its_size() -> None:
+    with pytest.raises(ValueError, match="no memory for a KV cache of .* bytes: lower --max-total-tokens"):
+        cache(1 << 45)
+
+
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
 def test_huge_pages_are_asked_for() -> None:
     pages = cache(4096).pages(1)
