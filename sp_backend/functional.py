@@ -6,6 +6,7 @@ The ranks of a group call each function together, with their own shard and other
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def attention(
     input_format: "TND", "BSND", "SBND", "BSH" or "SBH", S being this rank's tokens of each sequence.
     num_heads: heads of q; needed for, and only for, the two formats that end in H.
     history: keys and values of these sequences that are cached already, on any ranks; see History.
-    scale: of the scores; None: head_dim ** -0.5.
+    scale: of the scores, at least 0; None: head_dim ** -0.5.
 
     Returns out, in the format and dtype of q, and with `return_lse` also the log-sum-exp of each row's scores: natural
     log, fp32, the shape of q as [.., heads, head_dim] without head_dim.
@@ -77,6 +78,8 @@ def attention(
     q, k, v = _heads_apart(q, k, v, input_format, num_heads)
     query, key, value = (to_rows(x, input_format) for x in (q, k, v))
     _check_tensors(query, key, value)
+    if scale is not None and not 0 <= scale < inf:
+        raise ValueError(f"scale is {scale}: give a number of at least 0, or None for head_dim ** -0.5")
     engine = engine_of(group)
     problem = Problem(
         strategy=Variant(strategy, options or Options()),
@@ -177,6 +180,8 @@ def _heads_apart(
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.ndim != len(input_format):
             raise ValueError(f"{name} of shape {list(x.shape)} does not have the axes of input_format {input_format}")
+        if not x.shape[-1]:
+            raise ValueError(f"{name} of shape {list(x.shape)} has nothing along its last axis")
     if not input_format.endswith("H"):
         if num_heads is not None:
             raise ValueError(f"num_heads: input_format {input_format} has an axis for heads; leave it out")
@@ -208,7 +213,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k has shape {list(k.shape)} and v {list(v.shape)}: they must be equal")
     if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
         raise ValueError(f"k has shape {list(k.shape)} and q {list(q.shape)}: tokens and head_dim must be equal")
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
+    if not k.shape[1] or not q.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads: give a divisor of the {q.shape[1]} of q")
 
 
