@@ -25,15 +25,14 @@ void attend_all(const Problem& p) {
     }
   }
   if (!decode.empty()) attend_decode<T>(p, decode, num_heads);
-  if (!direct.empty()) parallel(direct.size(), [&](int64_t i) { attend<T>(p, direct[i], nullptr, nullptr); });
+  if (!direct.empty()) attend_tasks<T>(p, direct, nullptr, nullptr);
   if (!many.empty()) attend_packed<T>(p, units_of(many, p.heads));
-  at::native::cpublas::brgemm_release(sizeof(T) == 2);
 }
 
 Strided strided(const Tensor& t, int64_t row, int64_t head, int64_t value = -1) {
   const int64_t size = t.element_size();
   return {static_cast<char*>(t.data_ptr()), t.stride(row) * size, t.stride(head) * size,
-          value < 0 ? 0 : t.stride(value) * size, t.size(t.dim() - 1)};
+          value < 0 ? 0 : t.stride(value) * size};
 }
 
 const int64_t* data_of(const std::optional<Tensor>& t) {

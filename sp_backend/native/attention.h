@@ -47,19 +47,25 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// Runs f(0), ..., f(count - 1), the first ones first, on torch's threads.
-template <class F>
-void parallel(int64_t count, const F& f) {
+// Runs f(0), ..., f(count - 1), the first ones first, on torch's threads; each ends with a call of `leave`.
+template <class F, class G>
+void parallel(int64_t count, const F& f, const G& leave) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   std::atomic<int64_t> next{0};
   auto work = [&](int64_t, int64_t) {
     for (int64_t i = next++; i < count; i = next++) f(i);
+    leave();
   };
   if (threads > 1) {
     torch::stable::parallel_for(0, threads, 1, work);
   } else {
     work(0, 1);
   }
+}
+
+template <class F>
+void parallel(int64_t count, const F& f) {
+  parallel(count, f, [] {});
 }
 
 struct Span {
@@ -79,7 +85,6 @@ struct Heads {  // query heads [q, q + group) read KV head k
 struct Strided {  // in bytes
   char* data;
   int64_t row, head, value;  // value: from a key to its value
-  int64_t head_dim;
 
   template <class T>
   T* at(int64_t r, int64_t h) const {

@@ -211,6 +211,14 @@ void attend(const Problem& p, const Task& task, const T* packed_k, const T* pack
   }
 }
 
+// Before a thread does other work it gives AMX's tile registers back: brgemm sets them up only where its product is
+// another than the thread's last, and what oneDNN does in between leaves them otherwise.
+template <class T>
+void attend_tasks(const Problem& p, const std::vector<Task>& tasks, const T* packed_k, const T* packed_v) {
+  const auto leave = [] { at::native::cpublas::brgemm_release(sizeof(T) == 2); };
+  parallel(tasks.size(), [&](int64_t i) { attend<T>(p, tasks[i], packed_k, packed_v); }, leave);
+}
+
 // Cuts a task into tiles; under a causal mask, the longest first.
 void add_tiles(const Task& task, std::vector<Task>& tiles) {
   const int64_t step = std::max<int64_t>(kTileRows / task.heads.group, 1);
@@ -251,7 +259,7 @@ void attend_packed(const Problem& p, const std::vector<Unit>& units) {
       const Task& x = packs[i];
       pack<T>(p, *x.span, x.heads.k, x.keys.lo, x.keys.hi - x.keys.lo, kBlock, k + x.packed, v + x.packed);
     });
-    parallel(tiles.size(), [&](int64_t i) { attend<T>(p, tiles[i], k, v); });
+    attend_tasks<T>(p, tiles, k, v);
     packs.clear(), tiles.clear(), used = 0;
   };
   for (const Unit& unit : units) {
