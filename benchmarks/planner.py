@@ -2,9 +2,9 @@
 
 --simulated: on presets of machines that are not here, judged by the simulator on machines whose links and rates are
 off by up to 30 % from what the planner was told; with and without trial steps, simulated there and off by 3 % of noise,
-none of which is a batch that is judged. --measured: on gloo ranks of this machine, of one thread each, with
-the machine measured at start; candidates take turns, so that a busy moment hits all of them. Both give the time of a
-decision.
+none of which is a batch that is judged. --measured: on ranks of this machine, of one thread each and connected as a
+server's are, with the machine measured at start; candidates take turns, so that a busy moment hits all of them. Both
+give the time of a decision.
 """
 
 from __future__ import annotations
