@@ -40,7 +40,7 @@ def main() -> None:
         socket.send(encode(Failure(start.rank, "weights do not fit")))
         time.sleep(0.5)
         sys.exit(1)
-    if mode in ("ignores-sigterm", "has-child"):
+    if mode == "ignores-sigterm":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         child = subprocess.Popen(["sleep", "60"])
         print(f"child {child.pid}", flush=True)
@@ -51,7 +51,7 @@ def main() -> None:
     while True:
         command = decode_command(socket.recv())
         if isinstance(command, Shutdown):
-            if mode in ("ignores-sigterm", "has-child"):
+            if mode == "ignores-sigterm":
                 continue
             return
         if mode == "dies":

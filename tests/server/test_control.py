@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from server.service import Phase
+from server.version import VERSION
 from tests.server.fake_client import FakeClient
 from tests.server.live import Live, live_server
 
@@ -117,7 +118,7 @@ def test_model_info(http: httpx.Client, path: str) -> None:
 
 
 def test_version(http: httpx.Client) -> None:
-    assert http.get("/version").json()["version"]
+    assert http.get("/version").json() == {"version": VERSION}
 
 
 def test_tokenize_and_back(http: httpx.Client) -> None:

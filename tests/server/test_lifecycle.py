@@ -43,6 +43,12 @@ class Process:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
+    def drain(self) -> None:
+        """Returns when it refuses requests; a second signal before that would be lost."""
+        self.signal(signal.SIGTERM)
+        while httpx.get(f"{self.url}/health").status_code == 200:
+            time.sleep(0.02)
+
     def end(self, seconds: float = 10) -> tuple[int, str, str]:
         code = self.process.wait(seconds)
         assert self.output.endswith("workers stopped\n")
@@ -127,8 +133,7 @@ def test_a_server_that_only_embeds_warms_up_and_says_how_to_use_it(start: Start)
 def test_running_requests_finish_and_new_ones_are_refused(start: Start) -> None:
     process = start({"token_seconds": 0.05})
     running = Background(process, max_tokens=30)
-    process.signal(signal.SIGTERM)
-    time.sleep(0.2)
+    process.drain()
     refused = process.post()
     assert refused.status_code == 503
     assert refused.headers["retry-after"] and refused.headers["connection"] == "close"
@@ -156,8 +161,7 @@ def test_draining_has_a_limit(start: Start) -> None:
 def test_a_second_signal_stops_at_once(start: Start) -> None:
     process = start({"token_seconds": 0.05})
     running = Background(process, max_tokens=10_000)
-    process.signal(signal.SIGTERM)
-    time.sleep(0.3)
+    process.drain()
     assert process.process.poll() is None
     process.signal(signal.SIGTERM)
     code, _, errors = process.end(3)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from scheduler.request import QueueFull
@@ -63,11 +64,14 @@ def test_several_tokens_in_one_chunk_count_each() -> None:
         assert run(live, "--output-tokens", "7") == 0
 
 
-def test_arrivals_at_a_rate() -> None:
+def test_arrivals_at_a_rate_are_those_of_the_seed(tmp_path: Path) -> None:
+    """Poisson: the gaps between them are exponential. A busy machine may only be late."""
+    file = tmp_path / "out.json"
     with live_server() as live:
-        started = time.monotonic()
-        assert run(live, "--rate", "40") == 0
-        assert time.monotonic() - started > 0.02
+        assert run(live, "--rate", "10", "--json", str(file)) == 0
+    starts = np.array([row["start"] for row in json.loads(file.read_text())["requests"]])
+    drawn = np.random.default_rng(0).exponential(1 / 10, 5).cumsum()
+    assert drawn[-1] > 0.2 and np.all(starts[1:] > drawn - 0.05)
 
 
 def test_failures_are_counted_and_shown(capsys: pytest.CaptureFixture[str]) -> None:

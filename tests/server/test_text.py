@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 import time
 from pathlib import Path
@@ -100,13 +101,14 @@ def test_leading_spaces_and_byte_fallback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_random_bytes_of_a_byte_fallback_tokenizer(tmp_path: Path, seed: int) -> None:
+def test_words_between_random_bytes_are_not_lost(tmp_path: Path, seed: int) -> None:
     tokenizer = sentencepiece_like(tmp_path)
     generator = random.Random(seed)
+    words = {tokenizer.id_of(f"\u2581{word}"): word for word in ("hello", "world")}
     detokenizer = Detokenizer(tokenizer, [1], skip_special_tokens=True)
-    for _ in range(300):
-        detokenizer.add(generator.randrange(tokenizer.vocab_size))
-    detokenizer.finish()
+    ids = [generator.choice([*words, generator.randrange(tokenizer.vocab_size)]) for _ in range(300)]
+    text = "".join(detokenizer.add(token or 0) for token in ids) + detokenizer.finish()
+    assert re.findall("hello|world", text) == [words[token] for token in ids if token in words]
 
 
 @given(TEXTS)
