@@ -9,7 +9,9 @@ import pytest
 
 from sp_backend.check import check, rendezvous
 from sp_backend.columns import Rounds, columns_of
+from sp_backend.kernels import get_kernel
 from sp_backend.layout import CAUSAL, EMPTY, FULL, KV, STATE, Block, Layout, Q
+from sp_backend.native import choose_kernel
 from sp_backend.plan import Plan, PlanError, Round, Transfer
 from sp_backend.proof import is_proven
 from sp_backend.strategies import STRATEGIES, Variant, plan_for, variants
@@ -200,7 +202,7 @@ def plans_to_mutate() -> list[Plan]:
 
 
 def test_every_mutant_that_is_proven_is_correct() -> None:
-    plans = plans_to_mutate()
+    plans, kernel = plans_to_mutate(), get_kernel(choose_kernel()[0])
     mutator, killed, survived = Mutator(seed=1), 0, 0
     for i in range(4000):
         plan = plans[i % len(plans)]
@@ -212,7 +214,7 @@ def test_every_mutant_that_is_proven_is_correct() -> None:
             continue
         survived += 1
         batch = Batch(mutant.layout, [Request(11, 9), Request(3, home=1), Request(5, 4, home=3)], head_dim=4)
-        assert error(run_lockstep(mutant, batch).outs, batch.expected()) < 1e-5, mutant.table()
+        assert error(run_lockstep(mutant, batch, kernel=kernel).outs, batch.expected()) < 1e-5, mutant.table()
     assert killed > 2500 and survived > 500  # reordered, split or rerouted without harm
 
 

@@ -72,7 +72,7 @@ def plans(name: str, kind: str, redundant: bool, ranks: list[int], causal: bool 
 def test_ragged_batches_with_history_equal_full_attention(name: str, kind: str, redundant: bool) -> None:
     for plan in plans(name, kind, redundant, [1, 2, 3, 4, 8]):
         batch = Batch(plan.layout, RAGGED)
-        result = run_lockstep(plan, batch)
+        result = run_lockstep(plan, batch, kernel=get_kernel(KERNEL))
         assert error(result.outs, batch.expected()) < 1e-5
         assert result.links == predicted_bytes(plan, batch.geometry, batch.head_dim, 4)
 
