@@ -7,41 +7,38 @@ of a second, so the result is kept in a file for the same hosts, versions and si
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import platform
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sp_backend.config import cache_folder
 from sp_backend.execute import Executor
 from sp_backend.flow import flow_of
 from sp_backend.geometry import Geometry
+from sp_backend.kept import file_of, read_machine, write_machine
 from sp_backend.kernels import HeadMap, Kernel, Span, Work, get_kernel
 from sp_backend.shape import ModelShape
 from sp_backend.state import AttentionState
 from sp_backend.strategies import plan_for
+from sp_backend.timing import REPEATS, barrier, exchange, of_all_ranks, settle, shortest, shortest_together
 from sp_backend.topology import KernelRates, Link, Machine, Rates, Topology
-from sp_backend.transport import Expected, Message, Receiving, Sending, Transport
+from sp_backend.transport import Expected, Message, Transport
 from sp_backend.transport.gather import gather_bytes
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the file; another number: measured again
 QUERIES = (1, 16, 64, 256, 1024)
 KEYS = (64, 512, 2048)
 LARGE_BYTES = 2 << 20
 SMALL_BYTES = 64
-REPEATS = 5
 MOST_FLOPS = 1e9  # of the largest block timed: fewer heads where it would take more
 STEP_SECONDS = 1e-3  # scheduling and sampling: the same for every candidate, so it decides nothing
 
@@ -54,61 +51,25 @@ def machine_of(
     kernel: its name in KERNELS. folder: of the file; None: sp-serve below XDG_CACHE_HOME or ~/.cache.
     """
     hosts = [part.decode() for part in gather_bytes(transport, socket.gethostname().encode())]
-    path = (folder or cache_folder()) / f"machine-{_key(hosts, transport.name, kernel, shape, dtype)}.json"
-    found = b""
-    if transport.rank == 0:
-        try:
-            found = path.read_bytes()
-            if Machine.from_json(found, str(path)).num_ranks != transport.size:
-                raise ValueError(f"{path}: not {transport.size} ranks")
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
-            logger.warning("links and kernels are measured again: %s", error)
-            found = b""
-    found = gather_bytes(transport, found)[0]
-    if found:
-        return Machine.from_json(found, str(path))
+    versions = version("torch"), platform.machine(), torch.get_num_threads()
+    sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, str(dtype)
+    path = file_of("machine", [hosts, transport.name, kernel, versions, sizes], folder)
+    found = read_machine(path, transport.size) if transport.rank == 0 else None
+    known = gather_bytes(transport, b"" if found is None else found.to_json().encode())[0]
+    if known:
+        return Machine.from_json(known)
     since = time.perf_counter()
     machine = measure(transport, get_kernel(kernel), shape, dtype)
     logger.info("measured links and kernels in %.2f s", time.perf_counter() - since)
     if transport.rank == 0:
-        keep(path, machine)
+        write_machine(path, machine)
     return machine
-
-
-def _key(hosts: Sequence[str], transport: str, kernel: str, shape: ModelShape, dtype: torch.dtype) -> str:
-    """Differs wherever times may: hosts, threads, dtype, sizes, and any change of what is timed."""
-    versions = FORMAT, version("torch"), platform.machine(), torch.get_num_threads(), _sources()
-    sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, str(dtype)
-    about = [hosts, transport, kernel, versions, sizes]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
-
-def _sources() -> str:
-    """Digest of the code that is timed: kernels, transports, the executor."""
-    folder = Path(__file__).parent
-    files = [folder / name for name in ("buffers.py", "execute.py", "measure.py", "schedule.py", "state.py")]
-    files += [f for part in ("kernels", "native", "transport") for f in (folder / part).rglob("*")]
-    timed = sorted(f for f in files if f.suffix in (".py", ".cpp", ".h"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in timed)).hexdigest()
-
-
-def keep(path: Path, machine: Machine) -> None:
-    """Write its file, whole or not at all. A folder that cannot be written costs the next start a measurement."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(machine.to_json())
-        draft.replace(path)
-    except OSError as error:
-        logger.warning("what was measured is not kept: %s", error)
 
 
 def measure(transport: Transport, kernel: Kernel, shape: ModelShape, dtype: torch.dtype) -> Machine:
     """Collective; equal on all ranks. shape: heads and head_dim count, the rest does not."""
     topology = _measure_links(transport)
-    _barrier(transport)
+    barrier(transport)
     mine = _measure_rates(transport, kernel, shape, dtype, topology)
     theirs = [json.loads(part) for part in gather_bytes(transport, json.dumps(mine).encode())]
     rates = {name: statistics.fmean(each[name] for each in theirs) for name in mine if not isinstance(mine[name], list)}
@@ -138,8 +99,8 @@ def _measure_links(transport: Transport) -> Topology:
             links.append(Link(b, a, latency, (f"{b} to {a}", pair)))
     if size > 2:
         right, left = (transport.rank + 1) % size, (transport.rank - 1) % size
-        seconds = _timed(transport, lambda: _exchange(transport, {right: LARGE_BYTES}, {left: LARGE_BYTES}))
-        resources["all ranks"] = size * LARGE_BYTES / max(_agree(transport, seconds))
+        seconds = shortest_together(transport, lambda: exchange(transport, {right: LARGE_BYTES}, {left: LARGE_BYTES}))
+        resources["all ranks"] = size * LARGE_BYTES / max(each for (each,) in of_all_ranks(transport, [seconds]))
         links = [Link(x.src, x.dst, x.latency, (*x.resources, "all ranks")) for x in links]
     return Topology(size, resources, tuple(links))
 
@@ -153,20 +114,20 @@ def _measure_pair(transport: Transport, a: int, b: int) -> tuple[float, float, f
         def send(sender: int, num_bytes: int) -> None:
             """One way, and a small answer."""
             if rank == sender:
-                _exchange(transport, {peer: num_bytes}, {})
-                _exchange(transport, {}, {peer: SMALL_BYTES})
+                exchange(transport, {peer: num_bytes}, {})
+                exchange(transport, {}, {peer: SMALL_BYTES})
             else:
-                _exchange(transport, {}, {peer: num_bytes})
-                _exchange(transport, {peer: SMALL_BYTES}, {})
+                exchange(transport, {}, {peer: num_bytes})
+                exchange(transport, {peer: SMALL_BYTES}, {})
 
         send(a, LARGE_BYTES)  # connections open at their first use
         seconds = [
-            _shortest(lambda: send(a, SMALL_BYTES), 4 * REPEATS) / 2,
-            _shortest(lambda: send(a, LARGE_BYTES)),
-            _shortest(lambda: send(b, LARGE_BYTES)),
-            _shortest(lambda: _exchange(transport, {peer: LARGE_BYTES}, {peer: LARGE_BYTES})),
+            shortest(lambda: send(a, SMALL_BYTES), 4 * REPEATS) / 2,
+            shortest(lambda: send(a, LARGE_BYTES)),
+            shortest(lambda: send(b, LARGE_BYTES)),
+            shortest(lambda: exchange(transport, {peer: LARGE_BYTES}, {peer: LARGE_BYTES})),
         ]
-    latency, up, down, both = (max(values) for values in zip(*(_agree_all(transport, seconds)), strict=True))
+    latency, up, down, both = (max(values) for values in zip(*(of_all_ranks(transport, seconds)), strict=True))
     return (
         latency,
         LARGE_BYTES / max(up - 2 * latency, up / 2),
@@ -204,9 +165,9 @@ def _measure_rates(
         "call_seconds": call,
         "fold_seconds": fold,
         "merge_bytes": 255 * shape.num_heads * (shape.head_dim + 1) * 4 / merge,
-        "copy_bytes": LARGE_BYTES / _shortest(lambda: target.copy_(source)),
-        "dense_flops": 2 * x.numel() * 1024 / _shortest(lambda: x @ weight),
-        "memory_bytes": big.nbytes / _shortest(lambda: big[:1] @ big),
+        "copy_bytes": LARGE_BYTES / shortest(lambda: target.copy_(source)),
+        "dense_flops": 2 * x.numel() * 1024 / shortest(lambda: x @ weight),
+        "memory_bytes": big.nbytes / shortest(lambda: big[:1] @ big),
         "message_seconds": message,
         "round_seconds": round_seconds,
         "overlap": _measure_overlap(transport, timer),
@@ -229,14 +190,14 @@ class _KernelTimer:
         return lambda: attention(q, kv)
 
     def seconds(self, queries: int, keys: int, causal: bool) -> float:
-        return _shortest(self.call(queries, keys, causal), 3)
+        return shortest(self.call(queries, keys, causal), 3)
 
 
 def _merge_seconds(rows: int, shape: ModelShape) -> float:
     state = AttentionState.empty(rows, shape.num_heads, shape.head_dim)
     state.lse.zero_()
     other = state.merge(state)
-    return _shortest(lambda: state.merge_(other))
+    return shortest(lambda: state.merge_(other))
 
 
 def _measure_overheads(
@@ -259,7 +220,7 @@ def _measure_overheads(
             [Expected(left, SMALL_BYTES)], [Message(right, transport.take(SMALL_BYTES))]
         )
         posting.append((time.perf_counter() - since) / 2)
-        _settle(receiving, sending)
+        settle(receiving, sending)
 
     if size > 1:
         for _ in range(4 * REPEATS):
@@ -272,7 +233,7 @@ def _measure_overheads(
     q = {c: torch.zeros(1, shape.num_heads, shape.head_dim, dtype=dtype) for c in layout.q_of(transport.rank)}
     kv = {c: torch.zeros(1, 2, shape.num_kv_heads, shape.head_dim, dtype=dtype) for c in layout.kv_of(transport.rank)}
     before = executor.counters.kernel_calls
-    seconds = _shortest(lambda: executor.run(schedule, q, kv), 2 * REPEATS)
+    seconds = shortest(lambda: executor.run(schedule, q, kv), 2 * REPEATS)
     calls = (executor.counters.kernel_calls - before) / (2 * REPEATS + 1)
     latency = max((link.latency for link in topology.links), default=0.0)
     folds = flow_of(plan, paged=False).num_merges(transport.rank)
@@ -287,64 +248,12 @@ def _measure_overlap(transport: Transport, timer: _KernelTimer) -> float:
     right, left = (transport.rank + 1) % transport.size, (transport.rank - 1) % transport.size
     kernel = timer.call(256, KEYS[-1], False)
 
-    def exchange() -> None:
-        _exchange(transport, {right: LARGE_BYTES}, {left: LARGE_BYTES})
+    def alone() -> None:
+        exchange(transport, {right: LARGE_BYTES}, {left: LARGE_BYTES})
 
     def together() -> None:
-        _exchange(transport, {right: LARGE_BYTES}, {left: LARGE_BYTES}, meanwhile=kernel)
+        exchange(transport, {right: LARGE_BYTES}, {left: LARGE_BYTES}, meanwhile=kernel)
 
-    computing, moving, both = _shortest(kernel), _timed(transport, exchange), _timed(transport, together)
+    computing, moving = shortest(kernel), shortest_together(transport, alone)
+    both = shortest_together(transport, together)
     return min(1.0, max(0.0, (computing + moving - both) / min(computing, moving)))
-
-
-# What all of it needs
-
-
-def _shortest(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Seconds of a call: whatever else runs on the machine only adds to it. The first is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        since = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - since)
-    return min(times)
-
-
-def _timed(transport: Transport, run: Callable[[], object]) -> float:
-    """The same of something that all ranks do together."""
-    _barrier(transport)
-    return _shortest(run)
-
-
-def _exchange(
-    transport: Transport, sends: dict[int, int], receives: dict[int, int], meanwhile: Callable[[], object] | None = None
-) -> None:
-    """Messages of so many bytes to and from peers."""
-    incoming = [Expected(peer, n) for peer, n in receives.items()]
-    outgoing = (Message(peer, transport.take(n).zero_()) for peer, n in sends.items())
-    receiving, sending = transport.exchange(incoming, outgoing)
-    if meanwhile is not None:
-        meanwhile()
-    _settle(receiving, sending)
-
-
-def _settle(receiving: Sequence[Receiving], sending: Sequence[Sending]) -> None:
-    for arriving in receiving:
-        arriving.wait()
-        arriving.release()
-    for leaving in sending:
-        leaving.wait()
-
-
-def _barrier(transport: Transport) -> None:
-    gather_bytes(transport, b"")
-
-
-def _agree(transport: Transport, seconds: float) -> list[float]:
-    return [each[0] for each in _agree_all(transport, [seconds])]
-
-
-def _agree_all(transport: Transport, values: Sequence[float]) -> list[list[float]]:
-    """Every rank's values."""
-    return [json.loads(part) for part in gather_bytes(transport, json.dumps(list(values)).encode())]

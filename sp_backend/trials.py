@@ -7,32 +7,53 @@ model on a machine runs any.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from sp_backend.calibrate import REPEATS, Trial, choose_trials, correct
+from sp_backend.catalog import shape_of
 from sp_backend.commands import Group, Sampling, SequenceStep, Step, StepResult
-from sp_backend.config import AUTO, BackendConfig, cache_folder
+from sp_backend.config import AUTO, BackendConfig
+from sp_backend.kept import file_of, read_machine, write_machine
 from sp_backend.layout import Layout
-from sp_backend.measure import keep
+from sp_backend.measure import machine_of
+from sp_backend.models.config import ModelConfig
 from sp_backend.planner import OFF, Planner
+from sp_backend.presets import load_machine
 from sp_backend.shape import ModelShape
 from sp_backend.topology import Machine
+from sp_backend.transport import Transport
 
 logger = logging.getLogger(__name__)
 
 TRUSTED = 0.1  # how far off corrected predictions may still be (median) for the corrections to be believed
 REQUEST = 0  # the id of every trial's prompt
+
+
+def machine_for(config: BackendConfig, transport: Transport) -> tuple[Machine | None, Path | None]:
+    """What times are predicted for, equal on all ranks of the world; None where nothing is spread. And the file that
+    trial steps are to be kept in; None where they are not needed.
+    """
+    if config.sp_size == 1:
+        return None, None
+    if config.topology is not None:
+        return load_machine(config.topology, config.sp_size), None
+    shape, dtype = shape_of(config, ModelConfig.load(config.model_path)), getattr(torch, config.dtype)
+    found = [machine_of(transport, config.kernel, shape, dtype)]
+    dist.broadcast_object_list(found, src=0)  # every SP group has measured its own
+    if not has_trials(config):
+        return found[0], None
+    path = path_of(config, found[0], shape)
+    known = recall(path, config.sp_size)
+    return (found[0], path) if known is None else (known, None)
 
 
 def has_trials(config: BackendConfig) -> bool:
@@ -43,26 +64,12 @@ def has_trials(config: BackendConfig) -> bool:
 def path_of(config: BackendConfig, machine: Machine, shape: ModelShape) -> Path:
     """Of the file for a machine as measured, a model's sizes, and this version of what predicts and runs steps."""
     sizes = msgspec.to_builtins(shape), config.tp_size, config.page_size, config.causal, config.num_threads
-    about = json.dumps([machine.to_json(), sizes, _sources()])
-    return cache_folder() / f"corrected-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
-
-
-@lru_cache(maxsize=1)
-def _sources() -> str:
-    files = sorted(f for f in Path(__file__).parent.rglob("*") if f.suffix in (".py", ".cpp", ".h"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    return file_of("corrected", [machine.to_json(), sizes])
 
 
 def recall(path: Path, num_ranks: int) -> Machine | None:
     """What an earlier start learned; equal on all ranks of the world, all of which call it."""
-    found: list[Machine | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [Machine.from_json(path.read_bytes(), str(path)).first(num_ranks)]
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
-            logger.warning("trial steps are run again: %s", error)
+    found = [read_machine(path, num_ranks) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
@@ -96,7 +103,7 @@ def learn(
         correction = correct(planner, chosen[0], typical.tolist())
         if correction.after <= TRUSTED:
             found = [replace(correction.machine, name=f"{planner.machine.name}, {correction}")]
-            keep(path, found[0])
+            write_machine(path, found[0])
         else:
             logger.warning(
                 "trial steps varied too much to learn from (a busy machine?); the next start tries again: %s",

@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,17 +21,15 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from sp_backend.answers import Answers
 from sp_backend.batch import BatchBuilder
 from sp_backend.buffers import BufferPool
-from sp_backend.catalog import planner_for, plans_for, shape_of
+from sp_backend.catalog import planner_for, plans_for
 from sp_backend.commands import (
     LOCAL,
     Failure,
     Loading,
-    PooledStates,
     Ready,
-    SampledToken,
-    Scores,
     Shutdown,
     Step,
     StepResult,
@@ -49,48 +46,16 @@ from sp_backend.kernels import get_kernel
 from sp_backend.kv_cache import KVCache
 from sp_backend.layer import StepAttention
 from sp_backend.local_batch import LocalBatch
-from sp_backend.measure import machine_of
 from sp_backend.models.config import ModelConfig
 from sp_backend.models.decoder import Decoder
 from sp_backend.models.weights import Progress
-from sp_backend.parallel import Collectives, NoCollectives, Shard
+from sp_backend.parallel import Shard
 from sp_backend.plan import Plan
-from sp_backend.presets import load_machine
-from sp_backend.sampling import sample, score
 from sp_backend.topology import Machine
-from sp_backend.transport import Transport
-from sp_backend.transport.collectives import GroupCollectives
-from sp_backend.transport.gloo import GlooTransport
-from sp_backend.transport.shared_memory import shared_memory
-from sp_backend.trials import has_trials, learn, path_of, recall
+from sp_backend.transport.links import Links, connect
+from sp_backend.trials import learn, machine_for
 
 logger = logging.getLogger(__name__)
-SCORED_ROWS = 128  # whose logits are in memory at once, [rows, vocab] in fp32
-
-
-@dataclass(frozen=True, slots=True)
-class Links:
-    """How a rank reaches the others of its SP group, and those that it shares a set of weights with."""
-
-    transport: Transport
-    collectives: Collectives
-
-
-def connect(config: BackendConfig, rank: int) -> Links:
-    """Every rank of the world must call this: process groups are made by all ranks, for all groups, in one order."""
-    gloo = GlooTransport.create(config.world_size, config.sp_size, rank, config.dist_timeout)
-    transport: Transport = shared_memory(gloo, config.dist_timeout) or gloo
-    if rank == 0 and config.sp_size > 1:
-        logger.info("SP ranks reach each other through %s", transport.name)
-    shards = [Shard.of_rank(r, config.tp_size, config.sp_size, config.layout) for r in range(config.world_size)]
-    collectives: Collectives = NoCollectives()
-    for ranks in sorted({tuple(shard.group_ranks()) for shard in shards}):
-        if len(ranks) > 1:
-            timeout = timedelta(seconds=config.dist_timeout)
-            group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
-            if rank in ranks:
-                collectives = GroupCollectives(group)
-    return Links(transport, collectives)
 
 
 class Worker:
@@ -127,9 +92,8 @@ class Worker:
             dtype=dtype,
             device=device,
         )
-        self._grammars = Grammars(config.tokenizer_path or config.model_path, model.vocab_size, model.eos_ids)
-        self._drawn: dict[int, int] = {}  # by this rank in the last step that it took part in: request id -> token
-        self._drawn_in = 0  # id of that step
+        grammars = Grammars(config.tokenizer_path or config.model_path, model.vocab_size, model.eos_ids)
+        self._answers = Answers(self.decoder, grammars)
         self._use(plans_for(config, model, planner_for(config, model, machine)))
 
     def _use(self, plans: dict[str, Plan]) -> None:
@@ -194,21 +158,18 @@ class Worker:
     @torch.inference_mode()
     def forward(self, step: Step) -> tuple[LocalBatch, torch.Tensor]:
         """Lay the step out and run the model: this rank's rows and their hidden states [n, hidden]."""
-        self._grammars.forget(step.release)
-        drawn = self._drawn if self._drawn_in == step.step_id - 1 else {}
-        batch = self._builder.build(fill_in(step, drawn | _moved(step.moved, drawn)))
-        if not len(batch.tokens) and all(group.plan == LOCAL for group in step.groups):
-            return batch, torch.empty(
-                0, self.decoder.config.hidden_size, device=batch.tokens.device
-            )  # nobody waits for this rank
+        self._answers.forget(step.release)
+        drawn = self._answers.drawn_in(step.step_id - 1)
+        batch = self._builder.build(fill_in(step, {**drawn, **_moved(step.moved, drawn)}))
+        if not len(batch.tokens) and all(group.plan == LOCAL for group in step.groups):  # nobody waits for this rank
+            return batch, torch.empty(0, self.decoder.config.hidden_size, device=batch.tokens.device)
         attention = StepAttention(batch, self._cache, self._executors, self.decoder.config.windows)
         return batch, self.decoder.forward(batch.tokens, batch.positions, attention)
 
     @torch.inference_mode()
     def finish(self, step_id: int, batch: LocalBatch, hidden: torch.Tensor, began: float) -> StepResult:
         """Draw the tokens that the batch asks for, and report."""
-        self._drawn_in = step_id
-        tokens = self._sample(batch, hidden)
+        tokens = self._answers.tokens(step_id, batch, hidden)
         counters = [executor.counters for executor in self._executors.values()]
         return StepResult(
             step_id=step_id,
@@ -218,56 +179,9 @@ class Worker:
             query_key_pairs=round(sum(c.query_key_pairs for c in counters) / self.decoder.config.num_layers),
             bytes_sent=sum(c.bytes_sent for c in counters),
             wait_seconds=sum(c.wait_seconds for c in counters),
-            pooled=self._pool(batch, hidden),
-            scores=self._score(batch, hidden),
+            pooled=self._answers.pooled(batch, hidden),
+            scores=self._answers.scores(batch, hidden),
         )
-
-    def _sample(self, batch: LocalBatch, hidden: torch.Tensor) -> list[SampledToken]:
-        """Ranks that share a vocabulary compute logits together and draw the same; the first of them reports."""
-        self._drawn = {}
-        if not batch.samples:
-            return []
-        logits = self.decoder.logits(hidden[[row.row for row in batch.samples]])
-        samplings = [row.sampling for row in batch.samples]
-        allowed = [self._grammars.allowed(row.request_id, row.sampling) for row in batch.samples]
-        samples = sample(logits, samplings, [row.position for row in batch.samples], allowed)
-        self._drawn = {row.request_id: drawn.token for row, drawn in zip(batch.samples, samples, strict=True)}
-        if self._shard.group_rank != 0:
-            return []
-        return [
-            SampledToken(row.request_id, drawn.token, drawn.logprob, drawn.top)
-            for row, drawn in zip(batch.samples, samples, strict=True)
-        ]
-
-    def _pool(self, batch: LocalBatch, hidden: torch.Tensor) -> list[PooledStates]:
-        """Ranks that share a vocabulary have the same hidden states: the first of them answers."""
-        if self._shard.group_rank != 0:
-            return []
-        return [
-            PooledStates(part.request_id, self.decoder.pooled(hidden, part.rows).numpy(force=True).tobytes())
-            for part in batch.pooled
-        ]
-
-    def _score(self, batch: LocalBatch, hidden: torch.Tensor) -> list[Scores]:
-        """Ranks that share a vocabulary compute logits together: all take part, the first of them answers."""
-        found = []
-        for part in batch.scored:
-            rows = torch.cat([torch.arange(own.start, own.stop, device=hidden.device) for own in part.rows])
-            scored = [
-                score(self.decoder.logits(hidden[block]), targets, part.num_top)
-                for block, targets in zip(
-                    torch.split(rows, SCORED_ROWS), torch.split(part.targets, SCORED_ROWS), strict=True
-                )
-            ]
-            found.append(
-                Scores(
-                    part.request_id,
-                    (batch.positions[rows] + 1).tolist(),
-                    [logprob for logprobs, _ in scored for logprob in logprobs],
-                    [top for _, tops in scored for top in tops],
-                )
-            )
-        return found if self._shard.group_rank == 0 else []
 
     def _page_budget(self, model: ModelConfig, dtype: torch.dtype) -> int:
         if self._config.num_pages is not None:
@@ -345,30 +259,12 @@ def _build(start: WorkerStart, socket: zmq.Socket[bytes]) -> Worker:
         timeout=timedelta(seconds=config.dist_timeout),
     )
     links = connect(config, start.rank)
-    machine, trials_at = _machine(config, links)
+    machine, trials_at = machine_for(config, links.transport)
     progress: Progress = lambda done, total: socket.send(encode(Loading(start.rank, done, total)))  # noqa: E731
     worker = Worker(config, start.rank, links, progress, machine)
     if trials_at is not None:
         worker.learn(trials_at)
     return worker
-
-
-def _machine(config: BackendConfig, links: Links) -> tuple[Machine | None, Path | None]:
-    """What times are predicted for, equal on all ranks of the world; None where nothing is spread. And the file that
-    trial steps are to be kept in; None where they are not needed.
-    """
-    if config.sp_size == 1:
-        return None, None
-    if config.topology is not None:
-        return load_machine(config.topology, config.sp_size), None
-    shape, dtype = shape_of(config, ModelConfig.load(config.model_path)), getattr(torch, config.dtype)
-    found = [machine_of(links.transport, config.kernel, shape, dtype)]
-    dist.broadcast_object_list(found, src=0)  # every SP group has measured its own
-    if not has_trials(config):
-        return found[0], None
-    path = path_of(config, found[0], shape)
-    known = recall(path, config.sp_size)
-    return (found[0], path) if known is None else (known, None)
 
 
 def _die_with(parent: int) -> None:

@@ -21,7 +21,8 @@ from sp_backend.config import BackendConfig
 from sp_backend.kernels import Attention, get_kernel
 from sp_backend.state import AttentionState
 from sp_backend.topology import Machine
-from sp_backend.worker import Links, Worker, connect
+from sp_backend.transport.links import Links, connect
+from sp_backend.worker import Worker
 from tests.ranks import run_on_ranks
 
 GREEDY = Sampling(temperature=0.0)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sp_backend import measure
-from sp_backend.measure import cache_folder, machine_of
+from sp_backend import kept
+from sp_backend.config import cache_folder
+from sp_backend.measure import machine_of
 from sp_backend.planner import Planner
 from sp_backend.presets import preset
 from sp_backend.shape import ModelShape
@@ -74,8 +75,18 @@ def test_another_kernel_number_of_threads_or_version_of_what_is_timed_is_measure
     assert [measured("torch_cpu"), measured("torch_cpu"), measured("reference")] == [1, 1, 2]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert measured("torch_cpu") == 3
-    monkeypatch.setattr(measure, "_sources", lambda: "an edited kernel")
+    monkeypatch.setattr(kept, "_sources", lambda: "an edited kernel")
     assert measured("torch_cpu") == 4
+
+
+def test_any_change_of_the_code_makes_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "native").mkdir()
+    monkeypatch.setattr(kept, "__file__", str(tmp_path / "kept.py"))
+    files = []
+    for name, text in [("slots.py", "1"), ("slots.py", "2"), ("native/attention.h", "3"), ("notes.txt", "4")]:
+        (tmp_path / name).write_text(text)
+        files.append(kept.file_of("machine", []))
+    assert len(set(files)) == 3 and files[2] == files[3]
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
