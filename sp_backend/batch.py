@@ -6,7 +6,7 @@ inside a chunk sequence by sequence: so every chunk is one slice, and so is all 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -98,58 +98,24 @@ class BatchBuilder:
         return group, replace(last, kv_rows={}), np.array(rows, np.int64)
 
     def _lay_out(self, group: Group, first_row: int) -> tuple[GroupRows, list[Ints], list[Ints]]:
-        layout = self._layouts[group.plan]
-        new = [self._new_rows(layout, sequence) for sequence in group.sequences]  # [sequence][chunk]
-        tables = [self._tables[sequence.request_id] for sequence in group.sequences]
-        tokens, positions, q_rows = [], [], {}
-        taken = [0] * len(group.sequences)  # bytes
-        row = first_row
-        for chunk in layout.q_of(self._sp_rank):
-            counts = [rows[chunk] for rows in new]
-            ends = [done + TOKEN_BYTES * n for done, n in zip(taken, counts, strict=True)]
-            parts = [s.tokens[a:b] for s, a, b in zip(group.sequences, taken, ends, strict=True)]
-            tokens.append(np.frombuffer(b"".join(parts), "<i4").astype(np.int64))
-            firsts = [s.start + sum(rows[:chunk]) for s, rows in zip(group.sequences, new, strict=True)]
-            positions.append(_ranges(firsts, counts))
-            taken = ends
-            q_rows[chunk] = slice(row, row + sum(counts))
-            row = q_rows[chunk].stop
-        assert taken == [len(s.tokens) for s in group.sequences], "tokens sent are the tokens of this rank's chunks"
-
+        """Where a group's rows lie, the first of them at `first_row`; their tokens and positions, chunk by chunk."""
+        layout, sequences = self._layouts[group.plan], group.sequences
+        new = [self._new_rows(layout, sequence) for sequence in sequences]  # [sequence][chunk]
+        tables = [self._tables[sequence.request_id] for sequence in sequences]
+        tokens, positions, q_rows = _queries(sequences, new, layout.q_of(self._sp_rank), first_row)
         own_chunks = [c for c in layout.kv_of(self._sp_rank) if c < layout.num_new and layout.owner(c) == self._sp_rank]
-        own = slice(
-            min((q_rows[c].start for c in own_chunks), default=first_row),
-            max((q_rows[c].stop for c in own_chunks), default=first_row),
-        )
-        if layout.kind == "heads" and not layout.redundant_kv:  # keys are projected for own chunks only
-            kv_rows = {c: slice(q_rows[c].start - own.start, q_rows[c].stop - own.start) for c in own_chunks}
-            own_kv = slice(0, own.stop - own.start)
-        else:
-            kv_rows, own_kv = dict(q_rows), own
-        history = [table.slots(0, sequence.start) for table, sequence in zip(tables, group.sequences, strict=True)]
-        own_slots = [
-            np.concatenate(
-                [NO_INTS]
-                + [
-                    table.slots(at, at + rows[chunk])
-                    for table, sequence, rows in zip(tables, group.sequences, new, strict=True)
-                    for at in [sequence.start + sum(rows[:chunk])]
-                ]
-            )
-            for chunk in own_chunks
-        ]
-        places = {
-            layout.history_of(self._sp_rank): Rows(np.concatenate([NO_INTS, *history]), self._device),
-            **{chunk: Rows(slots, self._device) for chunk, slots in zip(own_chunks, own_slots, strict=True)},
-        }
+        kv_rows, own_rows = _keys(layout, own_chunks, q_rows, first_row)
+        history = [table.slots(0, sequence.start) for table, sequence in zip(tables, sequences, strict=True)]
+        slots = {chunk: _slots(sequences, tables, new, chunk) for chunk in own_chunks}
+        places = {layout.history_of(self._sp_rank): np.concatenate([NO_INTS, *history]), **slots}
         laid = GroupRows(
             plan=group.plan,
-            geometry=self._geometry(layout, group.sequences, tables, new),
+            geometry=self._geometry(layout, sequences, tables, new),
             q_rows=q_rows,
             kv_rows=kv_rows,
-            own_rows=own_kv,
-            own_slots=Rows(np.concatenate([NO_INTS, *own_slots]), self._device),
-            places=places,
+            own_rows=own_rows,
+            own_slots=Rows(np.concatenate([NO_INTS, *slots.values()]), self._device),
+            places={chunk: Rows(rows, self._device) for chunk, rows in places.items()},
         )
         return laid, tokens, positions
 
@@ -189,7 +155,7 @@ class BatchBuilder:
 
     def _projected(self, groups: list[GroupRows], num_rows: int) -> slice:
         layouts = [self._layouts[group.plan] for group in groups]
-        if not any(layout.kind == "heads" and not layout.redundant_kv for layout in layouts):
+        if not any(map(_projects_own_alone, layouts)):
             return slice(0, num_rows)
         assert len(groups) == 1, "layout heads runs one group a step"
         return groups[0].q_rows[self._sp_rank]
@@ -244,6 +210,56 @@ class BatchBuilder:
 
     def _tensor(self, values: Ints) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+def _queries(
+    sequences: Sequence[SequenceStep], new: Sequence[tuple[int, ...]], chunks: Sequence[int], first_row: int
+) -> tuple[list[Ints], list[Ints], dict[int, slice]]:
+    """Tokens and positions of a rank's query chunks, and the rows of each."""
+    tokens, positions, q_rows = [], [], {}
+    taken = [0] * len(sequences)  # bytes
+    row = first_row
+    for chunk in chunks:
+        counts = [rows[chunk] for rows in new]
+        ends = [done + TOKEN_BYTES * n for done, n in zip(taken, counts, strict=True)]
+        parts = [s.tokens[a:b] for s, a, b in zip(sequences, taken, ends, strict=True)]
+        tokens.append(np.frombuffer(b"".join(parts), "<i4").astype(np.int64))
+        positions.append(_ranges(_firsts(sequences, new, chunk), counts))
+        taken = ends
+        q_rows[chunk] = slice(row, row + sum(counts))
+        row = q_rows[chunk].stop
+    assert taken == [len(s.tokens) for s in sequences], "tokens sent are the tokens of this rank's chunks"
+    return tokens, positions, q_rows
+
+
+def _keys(
+    layout: Layout, own_chunks: Sequence[int], q_rows: Mapping[int, slice], first_row: int
+) -> tuple[dict[int, slice], slice]:
+    """The rows of chunks among the keys that are projected, and those of them that this rank keeps."""
+    first = min((q_rows[c].start for c in own_chunks), default=first_row)
+    stop = max((q_rows[c].stop for c in own_chunks), default=first_row)
+    if not _projects_own_alone(layout):
+        return dict(q_rows), slice(first, stop)
+    return {c: slice(q_rows[c].start - first, q_rows[c].stop - first) for c in own_chunks}, slice(0, stop - first)
+
+
+def _projects_own_alone(layout: Layout) -> bool:
+    """Whether a rank has the hidden states of all tokens, and projects the keys of its own chunks alone."""
+    return layout.kind == "heads" and not layout.redundant_kv
+
+
+def _slots(
+    sequences: Sequence[SequenceStep], tables: Sequence[PageTable], new: Sequence[tuple[int, ...]], chunk: int
+) -> Ints:
+    """Cache rows of a chunk that this rank owns, sequence by sequence."""
+    firsts = _firsts(sequences, new, chunk)
+    parts = [table.slots(at, at + rows[chunk]) for table, at, rows in zip(tables, firsts, new, strict=True)]
+    return np.concatenate([NO_INTS, *parts])
+
+
+def _firsts(sequences: Sequence[SequenceStep], new: Sequence[tuple[int, ...]], chunk: int) -> list[int]:
+    """Each sequence's first position in a chunk."""
+    return [s.start + sum(rows[:chunk]) for s, rows in zip(sequences, new, strict=True)]
 
 
 def _moved(laid: GroupRows, by: int) -> GroupRows:

@@ -79,16 +79,9 @@ class ModelConfig:
         fields = Fields.load(folder / "config.json")
         architecture = _architecture(fields)
         family = FAMILIES[architecture]
-        activation = fields.text("hidden_act", "silu")
-        if activation != "silu":
-            raise fields.error("hidden_act", activation, "silu")
-        if fields.present("quantization_config"):
-            raise fields.error("quantization_config", "given", "unquantized weights")
+        _check_supported(fields)
         num_layers = fields.integer("num_hidden_layers")
-        max_positions = fields.integer("max_position_embeddings")
-        rope = read_rope(fields, max_positions)
-        if rope.kind == "yarn":  # such files often keep the unscaled length
-            max_positions = max(max_positions, round(rope.original_max_positions * rope.factor))
+        rope, max_positions = _rope(fields)
         num_heads, num_kv_heads, head_dim = _heads(fields, family)
         bias = fields.flag("attention_bias", False)
         vocab_size = fields.integer("vocab_size")
@@ -151,6 +144,23 @@ def _architecture(fields: Fields) -> str:
         if family.model_type == model_type:
             return architecture
     raise fields.error("architectures", None, supported)
+
+
+def _check_supported(fields: Fields) -> None:
+    activation = fields.text("hidden_act", "silu")
+    if activation != "silu":
+        raise fields.error("hidden_act", activation, "silu")
+    if fields.present("quantization_config"):
+        raise fields.error("quantization_config", "given", "unquantized weights")
+
+
+def _rope(fields: Fields) -> tuple[Rope, int]:
+    """And the positions that the model was made for."""
+    max_positions = fields.integer("max_position_embeddings")
+    rope = read_rope(fields, max_positions)
+    if rope.kind == "yarn":  # such files often keep the unscaled length
+        max_positions = max(max_positions, round(rope.original_max_positions * rope.factor))
+    return rope, max_positions
 
 
 def _heads(fields: Fields, family: Family) -> tuple[int, int, int]:
