@@ -66,7 +66,7 @@ class Stats:
     prompt_tokens: int
     cached_tokens: int  # of them, from the prefix cache
     generated_tokens: int
-    num_finished: dict[str, int]  # by FinishReason.value
+    num_finished: dict[str, int]  # by FinishReason.value; a stop string, which the server finds, is an abort here
     num_retractions: int
     num_steps: dict[str, int]  # by kind: prefill, decode
     capacity_tokens: int  # the longest prompt and output that fit

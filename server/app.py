@@ -19,7 +19,7 @@ from server.middleware import Auth, RequestId
 from server.openai_types import ChatRequest, CompletionRequest, EmbeddingRequest, json_schema
 from server.requests import read_json
 from server.responses import json_response
-from server.service import Service
+from server.service import Service, service_of
 from server.streaming import ClientGone, EventStream, until_disconnect
 from server.version import VERSION
 
@@ -70,22 +70,22 @@ def _describe_bodies(app: FastAPI, *kinds: type[msgspec.Struct]) -> None:
 
 @router.post("/completions", openapi_extra=_body(CompletionRequest))
 async def completions(request: Request) -> Response:
-    return await _generated(request, CompletionRequest, _service(request).jobs.completion)
+    return await _generated(request, CompletionRequest, service_of(request).jobs.completion)
 
 
 @router.post("/chat/completions", openapi_extra=_body(ChatRequest))
 async def chat_completions(request: Request) -> Response:
-    return await _generated(request, ChatRequest, _service(request).jobs.chat)
+    return await _generated(request, ChatRequest, service_of(request).jobs.chat)
 
 
 @native.post("/generate", openapi_extra=_body(GenerateBody))
 async def generate(request: Request) -> Response:
-    return await _generated(request, GenerateBody, _service(request).jobs.generate)
+    return await _generated(request, GenerateBody, service_of(request).jobs.generate)
 
 
 @router.post("/embeddings", openapi_extra=_body(EmbeddingRequest))
 async def embeddings(request: Request) -> Response:
-    service = _service(request)
+    service = service_of(request)
     body = await read_json(request, EmbeddingRequest)
     service.check_taking_requests()
     service.jobs.check_model(body.model)
@@ -100,7 +100,7 @@ def _explain(request: Request) -> bool:
 
 
 async def _generated(request: Request, kind: type[B], read: Callable[[B, bool], Awaitable[AnyWriter]]) -> Response:
-    service = _service(request)
+    service = service_of(request)
     body = await read_json(request, kind)
     service.check_taking_requests()  # after the body: a refusal that leaves it unread may reset the connection
     writer = await read(body, _explain(request))
@@ -110,19 +110,14 @@ async def _generated(request: Request, kind: type[B], read: Callable[[B, bool], 
     return json_response(await until_disconnect(request.receive, writer.whole(deltas)))
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
 @router.get("/models")
 async def models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_model(_service(request))]})
+    return json_response({"object": "list", "data": [_model(service_of(request))]})
 
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
-    service = _service(request)
+    service = service_of(request)
     if name not in service.config.http.served_model_names:
         raise model_not_found(name)
     return json_response(_model(service) | {"id": name})

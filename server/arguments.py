@@ -145,6 +145,21 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
         help="ranks that share the tokens of a sequence",
     )
     add("--tp-size", "--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share heads")
+    _add_strategy(group)
+    add("--device", default="auto", metavar="{auto,cpu}")
+    add(
+        "--attention-backend",
+        choices=(AUTO, "native", "torch_cpu", "reference"),
+        default=AUTO,
+        help="attention kernel (default: auto, the native one where this CPU and a C++ compiler allow, else torch_cpu)",
+    )
+    add("--threads-per-rank", type=int, metavar="N", help="default: cores / ranks")
+    add("--oversubscribe", action="store_true", help="allow more ranks than cores (slow; for tests)")
+    add("--dist-timeout", type=float, default=300.0, metavar="SECONDS", help="limit of one transfer between ranks")
+
+
+def _add_strategy(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--sp-layout", choices=tuple(STRATEGIES), default="tokens", help="what SP ranks split outside attention")
     names = tuple(name for of_layout in STRATEGIES.values() for name in of_layout)
     add(
@@ -169,16 +184,6 @@ def _add_parallel(group: argparse._ArgumentGroup) -> None:
         metavar="TOKENS",
         help="shorter prompts stay on one rank (default: where spreading is predicted to pay)",
     )
-    add("--device", default="auto", metavar="{auto,cpu}")
-    add(
-        "--attention-backend",
-        choices=(AUTO, "native", "torch_cpu", "reference"),
-        default=AUTO,
-        help="attention kernel (default: auto, the native one where this CPU and a C++ compiler allow, else torch_cpu)",
-    )
-    add("--threads-per-rank", type=int, metavar="N", help="default: cores / ranks")
-    add("--oversubscribe", action="store_true", help="allow more ranks than cores (slow; for tests)")
-    add("--dist-timeout", type=float, default=300.0, metavar="SECONDS", help="limit of one transfer between ranks")
 
 
 def _add_strategy_options(group: argparse._ArgumentGroup) -> None:

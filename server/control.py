@@ -15,7 +15,7 @@ from server.openai_types import AbortRequest, CompletionRequest, DetokenizeReque
 from server.prompts import in_thread_if_long
 from server.requests import read_json
 from server.responses import json_response
-from server.service import Service
+from server.service import service_of
 from server.streaming import until_disconnect
 from server.version import VERSION
 
@@ -36,15 +36,10 @@ def _route(methods: str, *paths: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
 @_route("GET HEAD", "/health", "/ready", "/ping", "/health/", "/ready/")
 async def health(request: Request) -> Response:
     """Warmed up, not draining, and every worker answers. No forward pass."""
-    why = _service(request).why_not_serving()
+    why = service_of(request).why_not_serving()
     return json_response({"status": "ok"}) if why is None else json_response({"status": why}, 503)
 
 
@@ -57,7 +52,7 @@ async def live(request: Request) -> Response:
 @_route("GET POST", "/health_generate")
 async def health_generate(request: Request) -> Response:
     """One token through the whole model, generated or embedded."""
-    service = _service(request)
+    service = service_of(request)
     if (why := service.why_not_serving()) is not None:
         return json_response({"status": why}, 503)
     if service.config.why_no_generation is not None:
@@ -71,12 +66,12 @@ async def health_generate(request: Request) -> Response:
 
 @_route("GET HEAD", "/metrics", "/metrics/")
 async def metrics(request: Request) -> Response:
-    return Response(_service(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @_route("GET POST", "/server_info", "/get_server_info")
 async def server_info(request: Request) -> Response:
-    service = _service(request)
+    service = service_of(request)
     stats = msgspec.to_builtins(service.client.stats(), str_keys=True)
     return json_response(
         {**service.config.summary(), "version": VERSION, "status": service.phase.value, "stats": stats}
@@ -85,7 +80,7 @@ async def server_info(request: Request) -> Response:
 
 @_route("GET POST", "/model_info", "/get_model_info")
 async def model_info(request: Request) -> Response:
-    config = _service(request).config
+    config = service_of(request).config
     return json_response(
         {
             "model_path": config.backend.model_path,
@@ -128,7 +123,7 @@ async def tokenize(request: Request) -> Response:
 @_route("POST", "/detokenize", "/v1/detokenize")
 async def detokenize(request: Request) -> Response:
     """`text` is SGLang's name for the answer, `prompt` vLLM's."""
-    service = _service(request)
+    service = service_of(request)
     body = await read_json(request, DetokenizeRequest)
     service.jobs.check_model(body.model)
     size = service.config.model.vocab_size
@@ -141,7 +136,7 @@ async def detokenize(request: Request) -> Response:
 
 @_route("GET POST", "/flush_cache", "/reset_prefix_cache")
 async def flush_cache(request: Request) -> Response:
-    _service(request).client.flush_cache()
+    service_of(request).client.flush_cache()
     return json_response({"status": "ok"})
 
 
@@ -150,5 +145,5 @@ async def abort_request(request: Request) -> Response:
     body = await read_json(request, AbortRequest)
     if body.rid is None and not body.abort_all:
         raise invalid("rid or abort_all is needed.", "rid")
-    aborted = _service(request).generator.abort(None if body.abort_all else body.rid)
+    aborted = service_of(request).generator.abort(None if body.abort_all else body.rid)
     return json_response({"aborted": aborted})

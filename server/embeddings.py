@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ class Embedder:
         config: ServerConfig,
         tokenizer: Tokenizer,
         generator: Generator,
-        max_request_tokens: Callable[[], int],
+        max_request_tokens: int,
     ) -> None:
         self._config = config
         self._generator = generator
@@ -59,7 +58,7 @@ class Embedder:
         inputs = await self._inputs.read(body.input)
         if len(inputs) > MAX_INPUTS:
             raise invalid(f"input: {len(inputs)} inputs in one request; at most {MAX_INPUTS} are taken.", "input")
-        fits = self._max_request_tokens()
+        fits = self._max_request_tokens
         return EmbeddingJob(
             id=f"embd-{uuid.uuid4().hex}",
             inputs=[self._ids(prompt, fits) for prompt in inputs],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +30,7 @@ class JobReader:
         config: ServerConfig,
         tokenizer: Tokenizer,
         template: ChatTemplate,
-        max_request_tokens: Callable[[], int],
+        max_request_tokens: int,
     ) -> None:
         self._names = config.http.served_model_names
         self._no_generation = config.why_no_generation
@@ -135,7 +134,7 @@ class JobReader:
     ) -> Job:
         if len(prompts) * decoding.n > MAX_CHOICES:
             raise invalid(f"{len(prompts)} prompts x n {decoding.n}: at most {MAX_CHOICES} together.", "n")
-        fits = self._max_request_tokens()
+        fits = self._max_request_tokens
         return Job(
             id=f"{kind}-{uuid.uuid4().hex}",
             prompts=prompts,

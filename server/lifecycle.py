@@ -102,7 +102,7 @@ class _Lifecycle:
         """Long enough to be spread over the ranks, so that every path has run before the first user."""
         service, config = self._service, self._service.config
         spread = 1024 if config.scheduler.sp_threshold is None else config.scheduler.sp_threshold + 1
-        length = max(1, min(spread, LONGEST_WARMUP, service.max_request_tokens() - 2))
+        length = max(1, min(spread, LONGEST_WARMUP, service.max_request_tokens - 2))
         if config.why_no_generation is not None:
             await service.embedder.probe(length)
             return

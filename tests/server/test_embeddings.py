@@ -130,13 +130,10 @@ def test_unknown_fields_are_ignored_and_unknown_models_refused(live: Live) -> No
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
 
 
-def test_an_input_that_does_not_fit(full: Live) -> None:
-    full.client.capacity_tokens = 100
-    try:
+def test_an_input_that_does_not_fit() -> None:
+    with live_server(FakeClient(capacity_tokens=100), "--sp-mask", "full") as full:
         assert post(full, input=[1] * 100).status_code == 200  # no room for an output is needed
         error = post(full, input=[[1], [1] * 101]).json()["error"]
-    finally:
-        full.client.capacity_tokens = 1_000_000
     assert (error["param"], error["code"]) == ("input", "context_length_exceeded")
     assert "one step" in error["message"] and "--max-total-tokens" in error["message"]
 

@@ -47,7 +47,7 @@ class Heartbeat:
 def roomy() -> Iterator[Live]:
     """A window for a million tokens: the limit is the fake's alone."""
     with live_server(FakeClient(capacity_tokens=2_000_000)) as live:
-        live.service.jobs._max_request_tokens = lambda: 2_000_000
+        live.service.jobs._max_request_tokens = 2_000_000
         yield live
 
 
