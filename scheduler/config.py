@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CHUNK = 4096  # new tokens
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     max_running_requests: int = 64  # prefilling and decoding ones together
     max_queued_requests: int | None = None  # beyond those that a free slot awaits; None: unlimited
-    chunked_prefill_size: int = 4096  # new tokens of one prefill step; -1: whole prompts
+    chunked_prefill_size: int = CHUNK  # new tokens of one prefill step; -1: whole prompts
     max_prefill_seconds: float = 0.5  # predicted time of one prefill step while streams run
     sp_threshold: int | None = None  # prompts with fewer new tokens live on one rank; None: where it pays
     prefix_cache: bool = True
-    watchdog_timeout: float = 300.0  # seconds one step may take
+    watchdog_timeout: float = 300.0  # seconds one step may take, for each chunk that a prompt would be cut into
     decode_log_interval: int = 40  # decode steps between two log lines
 
     def __post_init__(self) -> None:

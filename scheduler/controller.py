@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from scheduler.batching import Batcher, PlannedStep, failed
-from scheduler.config import SchedulerConfig
+from scheduler.config import CHUNK, SchedulerConfig
 from scheduler.inbox import SHUT_DOWN, Inbox
 from scheduler.plans import StepPlanner
 from scheduler.request import GenerateRequest, Output
@@ -209,9 +209,9 @@ class Controller:
         return results
 
     def _patience(self, planned: PlannedStep) -> float:
-        """Seconds that a step may take: a prompt that may not be cut gets those of the chunks it would be cut into."""
-        most = self._config.chunked_prefill_size
-        num_chunks = planned.num_new / most if planned.kind == "prefill" and most > 0 else 1.0
+        """Seconds that a step may take: a prompt that is not cut gets those of the chunks it would be cut into."""
+        chunk = self._config.chunked_prefill_size if self._config.chunked_prefill_size > 0 else CHUNK
+        num_chunks = planned.num_new / chunk if planned.kind == "prefill" else 1.0
         return self._config.watchdog_timeout * max(1.0, num_chunks)
 
     def _poll_until(self, deadline: float) -> list[StepResult] | None:

@@ -61,7 +61,7 @@ def token_count(text: str) -> int:
     scale = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}.get(text[-1:], 1)
     try:
         return int(float(text[:-1]) * scale) if scale > 1 else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, such as 4096 or 128k") from None
 
 

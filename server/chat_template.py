@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import invalid
@@ -15,11 +18,22 @@ from server.errors import invalid
 MARKER = "\ue000end of the final message\ue000"  # private use: in no real message
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks for trainers what the model says. To render it is to render what is in it."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     def __init__(self, source: str | None, special_tokens: dict[str, str]) -> None:
         """`source` None: the model has no template, and every chat request is refused."""
+        self.source = source
+        self.special_tokens = special_tokens
         self._template = None if source is None else _environment().from_string(source)
-        self._special_tokens = special_tokens
 
     @classmethod
     def load(cls, folder: Path, override: Path | None = None) -> ChatTemplate:
@@ -48,7 +62,7 @@ class ChatTemplate:
                 "messages",
             )
         given = {
-            **self._special_tokens,
+            **self.special_tokens,
             "tools": None,
             "documents": None,
             **(variables or {}),
@@ -69,7 +83,7 @@ class ChatTemplate:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
@@ -77,9 +91,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Jinja's own filter escapes <, > and &, which models never saw."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """Jinja's own filter escapes <, > and &, which models never saw. Arguments in the order of transformers' filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def _raise_exception(message: str) -> NoReturn:

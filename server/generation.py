@@ -195,8 +195,9 @@ class _Clock:
             self.closed = True
 
     def failed(self) -> None:
-        self._metrics.failed()
-        self.closed = True
+        if not self.closed:  # an aborted embedding is answered with an error, too
+            self._metrics.failed()
+            self.closed = True
 
     def close(self) -> None:
         if not self.closed:

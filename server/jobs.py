@@ -102,7 +102,7 @@ class JobReader:
         size = sum(map(_num_characters, messages))
 
         def render() -> list[int]:
-            text = self._template.render([msgspec.to_builtins(message) for message in messages], **options)
+            text = self._template.render(list(map(_for_template, messages)), **options)
             return self._tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
 
         ids = await in_thread_if_long(size, render)
@@ -175,6 +175,16 @@ def _max_tokens(prompt: int, decoding: Decoding, default: int | None, fits: int)
 def _num_characters(message: Message) -> int:
     parts = message.content if isinstance(message.content, list) else []
     return len(message.content or "") + sum(len(part.text or "") for part in parts)
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """Parts become one text, joined as vLLM joins them: most templates of text models expect a string, and write a list
+    as Python does, or leave it out.
+    """
+    fields: dict[str, Any] = msgspec.to_builtins(message)
+    if isinstance(message.content, list):
+        fields["content"] = "\n".join(part.text or "" for part in message.content)
+    return fields
 
 
 def _refuse_images(messages: list[Message]) -> None:

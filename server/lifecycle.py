@@ -90,7 +90,8 @@ class _Lifecycle:
                 async with asyncio.timeout(WARMUP_TIMEOUT):
                     await self._warm_up()
             except Exception as error:
-                self._fail(f"the warm-up request failed: {str(error) or type(error).__name__}")
+                if self._service.phase is Phase.STARTING:  # else a signal has ended it
+                    self._fail(f"the warm-up request failed: {str(error) or type(error).__name__}")
                 return
         gc.collect()
         gc.freeze()  # a full collection over all that was imported would stop the controller and every stream for 40 ms

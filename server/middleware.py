@@ -70,4 +70,5 @@ class RequestId:
             self._metrics.responded(route, status)
             if self._log_requests:
                 seconds = time.perf_counter() - started
-                log.info("%s %s %d %.3fs id=%s", scope["method"], scope["path"], status, seconds, request_id.decode())
+                path = scope["raw_path"].decode("latin-1")  # as it was sent: a decoded one could write lines of its own
+                log.info("%s %s %d %.3fs id=%s", scope["method"], path, status, seconds, request_id.decode())

@@ -35,6 +35,7 @@ _STRUCTURED = "use structured_outputs, regex, ebnf or json_schema"
 UNSUPPORTED = {  # field: what to do instead
     "allowed_token_ids": "logit_bias or a regex may do",
     "bad_words": "logit_bias may do",
+    "chat_template": "start the server with --chat-template",
     "custom_logit_processor": "logit_bias may do",
     "guided_choice": _STRUCTURED,
     "guided_grammar": _STRUCTURED,
@@ -90,6 +91,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     # Other servers' fields. To ignore them would answer something else than what was asked: see UNSUPPORTED.
     allowed_token_ids: Any = None
     bad_words: Any = None
+    chat_template: Any = None
     custom_logit_processor: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None

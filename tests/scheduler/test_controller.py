@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from scheduler.config import SchedulerConfig
+from scheduler.config import CHUNK, SchedulerConfig
 from scheduler.controller import Controller
-from scheduler.request import FinishReason, GenerateRequest, Output, RequestTooLong, Unavailable
+from scheduler.request import FinishReason, GeneratedToken, GenerateRequest, Output, RequestTooLong, Unavailable
 from scheduler.worker_pool import WorkerFailed
 from sp_backend.commands import Sampling, StepResult
 from tests.scheduler.fake_workers import Clock, FakeWorkers, backend_config, expected_tokens
@@ -269,6 +269,16 @@ def test_a_failure_ends_every_request(how: str, why: str) -> None:
     assert controller.stats().num_running == controller.stats().num_waiting == 0
     with pytest.raises(Unavailable, match="."):
         controller.submit(GenerateRequest("late", PROMPT, 1))
+
+
+@pytest.mark.parametrize(("seconds", "is_late"), [(55.0, False), (65.0, True)])
+def test_the_watchdog_gives_an_uncut_prompt_the_time_of_its_chunks(seconds: float, is_late: bool) -> None:
+    """Without a chunk size a client could end the server with a long prompt."""
+    config = SchedulerConfig(chunked_prefill_size=-1, watchdog_timeout=30.0)
+    harness = make_harness(config, pages_per_rank=4000, seconds=lambda tokens, pairs: seconds)
+    harness.submit("r", [1] * 2 * CHUNK, 1)
+    harness.controller.step()
+    assert (harness.controller.healthy() is not None) == is_late
 
 
 def test_log_lines_read_like_sglang(caplog: pytest.LogCaptureFixture) -> None:

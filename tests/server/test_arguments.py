@@ -88,6 +88,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("--sp-size 16", ["--sp-size 16", "--tp-size 1", "16 cores", "12", "--oversubscribe"]),
         ("--sp-size 0", ["--sp-size 0", "at least 1"]),
         ("--max-total-tokens lots", ["--max-total-tokens", "'lots'", "4096 or 128k"]),
+        ("--max-total-tokens infk", ["--max-total-tokens", "'infk'", "4096 or 128k"]),
         ("--decode-log-interval 0", ["--decode-log-interval 0", "at least 1"]),
         ("--ssl-keyfile key.pem", ["--ssl-keyfile needs --ssl-certfile"]),
         ("--ssl-certfile nowhere.pem", ["--ssl-certfile nowhere.pem", "No such file"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 
@@ -148,6 +149,14 @@ def test_request_ids(http: httpx.Client) -> None:
     assert len(http.get("/live").headers["x-request-id"]) == 32
     response = http.get("/live", headers={"X-Request-Id": "a\tb" + "c" * 300})
     assert len(response.headers["x-request-id"]) == 32
+
+
+def test_a_request_writes_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "server.access")
+    with live_server(FakeClient(), "--log-requests") as live, live.http() as http:
+        http.get("/live%0AINFO forged")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "server.access"]
+    assert line.startswith("GET /live%0AINFO%20forged 404 ") and "\n" not in line
 
 
 def test_cross_origin_requests() -> None:

@@ -168,6 +168,9 @@ def test_abort_by_name() -> None:
         assert httpx.post(f"{live.url}/abort_request", json={"rid": "mine"}, timeout=20).json() == {"aborted": 2}
         asking.join(10)
         assert answers[0].status_code == 499 and answers[0].json()["error"]["code"] == "aborted"
+        lines = httpx.get(f"{live.url}/metrics", timeout=20).text.splitlines()
+        ended = [line for line in lines if line.startswith("sp:num_requests_total{")]
+        assert ended == ['sp:num_requests_total{finish_reason="abort",model_name="default"} 2.0'], "counted once each"
 
 
 def test_metrics_count_embeddings(live: Live) -> None:

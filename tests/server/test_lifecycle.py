@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -18,6 +19,12 @@ from typing import Any
 
 import httpx
 import pytest
+
+from server.app import create_app
+from server.lifecycle import _Lifecycle
+from server.service import Phase
+from tests.server.fake_client import FakeClient
+from tests.server.live import make_service
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")  # with its key; for 127.0.0.1, signed by itself
 READY = "The server is fired up and ready to roll!"
@@ -182,6 +189,16 @@ def test_a_failed_warm_up_ends_the_server(start: Start) -> None:
     code, output, errors = start({"fail_after": 0}).end()
     assert code == 1 and READY not in output
     assert "Fatal: the warm-up request failed" in errors and "Traceback" not in errors
+
+
+def test_a_warm_up_that_a_signal_ends_is_no_failure() -> None:
+    service = make_service(FakeClient(draining=True))
+    service.phase = Phase.DRAINING
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        lifecycle = _Lifecycle(create_app(service), service, listener)
+        lifecycle._server.started = True
+        asyncio.run(lifecycle._start())
+    assert lifecycle._exit_code == 0 and service.phase is Phase.DRAINING
 
 
 def test_warm_up_can_be_skipped(start: Start) -> None:

@@ -248,6 +248,16 @@ def test_chat_may_use_the_rest_of_the_context(talker: openai.OpenAI, live: Live,
     assert live.client.requests[-1].max_tokens == 2
 
 
+def test_parts_of_a_message_are_one_text_whatever_the_template_expects(tmp_path: Path) -> None:
+    template = tmp_path / "strings_only.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] | trim }}{% endfor %}")
+    parts = [{"type": "text", "text": "a b"}, {"type": "text", "text": "c"}]
+    with live_server(FakeClient(), "--chat-template", str(template)) as live:
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as api:
+            api.chat.completions.create(model="default", messages=[{"role": "user", "content": parts}], max_tokens=1)  # type: ignore[list-item, misc]
+    assert TOKENIZER.decode(live.client.requests[0].prompt) == "a b\nc"
+
+
 def test_models(api: openai.OpenAI) -> None:
     (model,) = api.models.list().data
     assert model.id == "default" and isinstance((model.model_extra or {})["max_model_len"], int)

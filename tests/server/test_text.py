@@ -219,6 +219,14 @@ def test_template_functions(tmp_path: Path) -> None:
     assert text == '<s>[{"a": "<\u00e9>"}]4</s>True'
 
 
+def test_what_templates_for_training_and_for_transformers_say() -> None:
+    marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+    messages = [{"content": "\u00e9"}, {"content": "b"}]
+    assert ChatTemplate(marked, {}).render(messages) == "\u00e9;b;"
+    written = "{{ messages[0] | tojson(ensure_ascii=False) }} {{ messages[0] | tojson(ensure_ascii=True, indent=1) }}"
+    assert ChatTemplate(written, {}).render(messages) == '{"content": "\u00e9"} {\n "content": "\\u00e9"\n}'
+
+
 @pytest.mark.parametrize(
     ("source", "part"),
     [
