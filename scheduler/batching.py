@@ -245,11 +245,13 @@ class Batcher:
         if chunk.end == sequence.num_prompt:
             self.counters.prompt_tokens += sequence.num_prompt
             self.counters.cached_tokens += sequence.cached_tokens
+            if not request.max_tokens:  # nothing but the prompt was asked for: the token drawn is dropped
+                return self._finish(sequence, FinishReason.LENGTH)
         self.counters.generated_tokens += 1
-        if sampled.token in request.stop_token_ids:  # banned before min_tokens
-            return self._finish(sequence, FinishReason.STOP, stop_token=sampled.token)
-        sequence.tokens[chunk.end] = sampled.token
         token = GeneratedToken(sampled.token, sampled.logprob, sampled.top)
+        if sampled.token in request.stop_token_ids:  # banned before min_tokens
+            return self._finish(sequence, FinishReason.STOP, stop_token=token)
+        sequence.tokens[chunk.end] = sampled.token
         if chunk.end + 1 >= sequence.max_length:
             return self._finish(sequence, FinishReason.LENGTH, tokens=[token])
         steps = sequence.take_reports()
@@ -269,7 +271,7 @@ class Batcher:
         sequence: Sequence,
         reason: FinishReason,
         tokens: list[GeneratedToken] | None = None,
-        stop_token: int | None = None,
+        stop_token: GeneratedToken | None = None,
     ) -> Output:
         self._leave(sequence)
         del self._live[sequence.request.request_id]

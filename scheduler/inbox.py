@@ -93,8 +93,8 @@ class Inbox:
             raise ValueError("the prompt is empty")
         if request.pooling is not None and request.max_tokens != 0:
             raise ValueError(f"max_tokens must be 0 for an embedding, not {request.max_tokens}")
-        if request.pooling is None and request.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {request.max_tokens}")
+        if request.max_tokens < 0:
+            raise ValueError(f"max_tokens must not be negative, but is {request.max_tokens}")
         if request.pooling is None and not self._backend.causal:
             raise ValueError("under a full mask there is no next token: only embeddings can be made")
         num_prompt, context = len(request.prompt), self._backend.context_length
@@ -105,7 +105,7 @@ class Inbox:
                 f"{num_prompt} prompt tokens and {request.max_tokens} tokens to generate exceed the context "
                 f"length of {context} tokens",
             )
-        fits = self._batcher.max_length - (request.pooling is None)  # room for a token to be generated
+        fits = self._batcher.max_length - min(request.max_tokens, 1)  # room for a token to be generated
         if num_prompt > fits:
             message = f"the prompt has {num_prompt} tokens; at most {fits} fit in the KV cache"
             raise RequestTooLong(num_prompt, fits, message)

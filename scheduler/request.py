@@ -52,7 +52,7 @@ class GenerateRequest:
 
     request_id: str
     prompt: list[int]
-    max_tokens: int  # 0 with `pooling`
+    max_tokens: int  # 0: the prompt alone is computed, for its log-probabilities or an embedding
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids included unless ignore_eos
     min_tokens: int = 0  # no stop token before that many
@@ -105,7 +105,7 @@ class Output(msgspec.Struct, frozen=True, gc=False):
     request_id: str
     tokens: list[GeneratedToken] = []
     finish_reason: FinishReason | None = None
-    stop_token: int | None = None  # the id that ended it (not among `tokens`)
+    stop_token: GeneratedToken | None = None  # that ended it (not among `tokens`)
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     error: str | None = None  # with FinishReason.ERROR
     steps: list[StepReport] = []  # since the previous output, of a request with `explain`

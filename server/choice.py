@@ -24,7 +24,7 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
 
     index: int  # of the choice within the response
     text: str = ""
-    tokens: list[TokenText] = []
+    tokens: list[TokenText] = []  # with log-probabilities; the last one may be the token that ended it
     num_tokens: int = 0  # generated so far, those without text included
     cached_tokens: int = 0
     finish_reason: str | None = None
@@ -70,11 +70,15 @@ class Choice:
                 return self._delta(text, "stop", self._stops.found)
         if output.finish_reason is None:
             return self._delta(text)
-        self._num_tokens += output.stop_token is not None
+        stop = output.stop_token
+        self._num_tokens += stop is not None
         text += self._add_text(self._detokenizer.finish())
         if self._stops.found is not None:
             return self._delta(text, "stop", self._stops.found)
-        return self._delta(text + self._stops.finish(), output.finish_reason.value, output.stop_token)
+        if stop is not None and self._options.logprobs is not None:
+            self._waiting.append(TokenText(stop, self._length))
+        text += self._stops.finish()
+        return self._delta(text, output.finish_reason.value, None if stop is None else stop.token)
 
     def _add_step(self, step: StepReport) -> None:
         joined = self._steps[-1].followed_by(step) if self._steps else None

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -13,10 +14,12 @@ import msgspec
 from scheduler.request import GeneratedToken
 from server.choice import Delta, TokenText
 from server.generation import Job
+from server.prompts import in_thread_if_long
 from server.streaming import event
 from server.tokenizer import Detokenizer, Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
+TOKEN_WORK = 64  # to name a token and its alternatives takes as long as to read so many bytes of a prompt
 
 
 @dataclass(slots=True)
@@ -37,6 +40,11 @@ class Collected:
     @property
     def text(self) -> str:
         return "".join(self.parts)
+
+    @property
+    def work(self) -> int:
+        """Of writing its log-probabilities, in bytes of a prompt: for those of a long one others must not wait."""
+        return TOKEN_WORK * (len(self.prompt) + len(self.tokens))
 
 
 class Usage:
@@ -167,7 +175,8 @@ class ChatFormat:
         return {"index": delta.index, "delta": content, **self._rest(delta.tokens, delta)}
 
     def _rest(self, tokens: list[TokenText], delta: Delta) -> dict[str, Any]:
-        logprobs = {"content": [self._entry(token) for token in tokens]} if self._logprobs else None
+        text = tokens[:-1] if isinstance(delta.stop_reason, int) else tokens  # the stop token is no part of the message
+        logprobs = {"content": [self._entry(token) for token in text]} if self._logprobs else None
         return {"logprobs": logprobs, **_ending(delta)}
 
     def _entry(self, token: TokenText) -> dict[str, Any]:
@@ -213,7 +222,8 @@ class Writer:
             async for delta in deltas:
                 usage.add(delta)
                 choices[delta.index].add(delta)
-        written = [self.format.whole(index, choice) for index, choice in enumerate(choices)]
+        work = sum(choice.work for choice in choices)
+        written = await in_thread_if_long(work, lambda: [self.format.whole(*each) for each in enumerate(choices)])
         whole = {**self._head(self.format.object), "choices": written, "usage": usage.json()}
         if self.job.explain:
             whole["sp_explain"] = [_explained(choice.last) for choice in choices if choice.last is not None]
@@ -235,9 +245,12 @@ class Writer:
                 usage.add(delta)
                 starts = delta.index not in begun
                 begun.add(delta.index)
-                if starts and (opening := self.format.first(delta)) is not None:
-                    yield chunk(opening)
-                    starts = False  # clients take the first chunk for the first token: one is enough
+                if starts:
+                    work = TOKEN_WORK * len(delta.prompt)
+                    opening = await in_thread_if_long(work, partial(self.format.first, delta))
+                    if opening is not None:
+                        yield chunk(opening)
+                        starts = False  # clients take the first chunk for the first token: one is enough
                 if starts or delta.text or delta.tokens or delta.finish_reason is not None:
                     last = self.job.explain and delta.finish_reason is not None
                     yield chunk(self.format.piece(delta), **({"sp_explain": [_explained(delta)]} if last else {}))

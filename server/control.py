@@ -99,9 +99,16 @@ async def server_version(request: Request) -> Response:
     return json_response({"version": VERSION})
 
 
+@_route("GET", "/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    """With this, /tokenize and /detokenize, lm-evaluation-harness needs no copy of the tokenizer."""
+    template = service_of(request).template
+    return json_response({**template.special_tokens, "chat_template": template.source})
+
+
 @_route("POST", "/tokenize", "/v1/tokenize")
 async def tokenize(request: Request) -> Response:
-    service = _service(request)
+    service = service_of(request)
     body = await read_json(request, TokenizeRequest)
     service.jobs.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):

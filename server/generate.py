@@ -18,7 +18,8 @@ from server.choice import Delta
 from server.completion import Collected, finite
 from server.errors import ApiError, invalid
 from server.generation import Job
-from server.openai_types import NonNegative, Positive, SamplingFields, Seed
+from server.openai_types import NonNegative, SamplingFields, Seed
+from server.prompts import in_thread_if_long
 from server.streaming import event
 from server.tokenizer import Tokenizer
 
@@ -28,7 +29,7 @@ OTHER_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 
 
 class SamplingParams(SamplingFields, frozen=True, kw_only=True):
-    max_new_tokens: Positive | None = None
+    max_new_tokens: NonNegative | None = None
     min_new_tokens: NonNegative | None = None
     sampling_seed: Seed | None = None
     no_stop_trim: bool | None = None
@@ -107,7 +108,8 @@ class GenerateWriter:
         async with aclosing(deltas):
             async for delta in deltas:
                 choices[delta.index].add(delta)
-        answers = [self._answer(index, choice) for index, choice in enumerate(choices)]
+        work = sum(choice.work for choice in choices)
+        answers = await in_thread_if_long(work, lambda: [self._answer(*each) for each in enumerate(choices)])
         return answers if len(answers) > 1 else answers[0]
 
     async def events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
@@ -123,8 +125,6 @@ class GenerateWriter:
         last = choice.last
         assert last is not None
         ids = [token.generated.token for token in choice.tokens]
-        if isinstance(last.stop_reason, int):
-            ids.append(last.stop_reason)
         prompt = self.job.prompts[index // self.job.decoding.n]
         meta: dict[str, Any] = {
             "id": self.job.rid or self.job.id,

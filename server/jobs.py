@@ -49,7 +49,7 @@ class JobReader:
         if body.suffix:
             raise invalid("suffix is not supported.", "suffix")
         decoding = await self._decoding(body, body.logprobs, body.max_tokens)
-        prompts = await self._prompts["prompt"].read(body.prompt)
+        prompts = await self._prompts["prompt"].read(body.prompt, body.add_special_tokens is not False)
         default = max(DEFAULT_MAX_TOKENS, decoding.min_tokens)
         job = self._job("cmpl", body.rid, [prompt.ids for prompt in prompts], decoding, default, explain)
         echoes: list[Echo] = []
@@ -157,9 +157,10 @@ class JobReader:
 
 
 def _max_tokens(prompt: int, decoding: Decoding, default: int | None, fits: int) -> int:
-    if prompt >= fits:
-        raise too_long(prompt, fits)
     rest, asked = fits - prompt, decoding.max_tokens
+    least = 0 if asked == 0 else 1
+    if rest < least:
+        raise too_long(prompt, fits)
     if asked is None:
         return rest if default is None else min(default, rest)
     if asked > rest:

@@ -110,6 +110,8 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     prompt: msgspec.Raw  # a string, token ids, or a list of either: see prompts.py
+    max_tokens: NonNegative | None = None  # 0: the prompt alone, for its log-probabilities
+    add_special_tokens: bool | None = None  # false: the prompt has its start token already
     echo: bool | None = None
     best_of: Positive | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None

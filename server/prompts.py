@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 
 async def in_thread_if_long(size: int, function: Callable[[], T]) -> T:
+    """size: of its work, in bytes of a prompt to be encoded."""
     return await asyncio.to_thread(function) if size > LONG else function()
 
 
@@ -46,19 +47,20 @@ class PromptReader:
         self._ids = msgspec.json.Decoder(ids)
         self._id_lists = msgspec.json.Decoder(list[ids])
 
-    async def read(self, raw: msgspec.Raw) -> list[Prompt]:
+    async def read(self, raw: msgspec.Raw, add_special_tokens: bool = True) -> list[Prompt]:
         data = bytes(raw)
-        prompts = await in_thread_if_long(len(data), lambda: self._prompts(data))
+        prompts = await in_thread_if_long(len(data), lambda: self._prompts(data, add_special_tokens))
         if not prompts or not all(prompt.ids for prompt in prompts):
             raise invalid(f"{self._field.capitalize()} cannot be empty.", self._field)
         return prompts
 
-    def _prompts(self, data: bytes) -> list[Prompt]:
+    def _prompts(self, data: bytes, add_special_tokens: bool) -> list[Prompt]:
         value = self._decode(data)
         if isinstance(value, str):
             value = [value]
         if value and isinstance(value[0], str):
-            return [Prompt(ids, text) for ids, text in zip(self._tokenizer.encode_batch(value), value, strict=True)]
+            encoded = self._tokenizer.encode_batch(value, add_special_tokens)
+            return [Prompt(ids, text) for ids, text in zip(encoded, value, strict=True)]
         return [Prompt(ids, None) for ids in (value if value and isinstance(value[0], list) else [value])]
 
     def _decode(self, data: bytes) -> Any:

@@ -33,7 +33,7 @@ def test_a_stop_token_ends_it_and_is_not_among_the_tokens() -> None:
     harness.run()
     end = harness.ends["r"]
     assert harness.tokens["r"] == expected[:3]
-    assert (end.finish_reason, end.stop_token) == (FinishReason.STOP, expected[3])
+    assert (end.finish_reason, end.stop_token) == (FinishReason.STOP, GeneratedToken(expected[3]))
 
 
 def test_no_stop_token_is_sampled_before_min_tokens() -> None:
@@ -179,7 +179,7 @@ def test_beyond_the_context_a_request_is_refused() -> None:
     harness.submit("fits", [0] * 40, 10)
     with pytest.raises(RequestTooLong, match="exceed the context length of 50"):
         harness.submit("long", [0] * 40, 11)
-    for prompt, max_tokens in (([], 1), ([1], 0)):
+    for prompt, max_tokens in (([], 1), ([1], -1)):
         with pytest.raises(ValueError):
             harness.submit("malformed", prompt, max_tokens)
 

@@ -99,7 +99,7 @@ def test_the_longest_that_fits_and_one_more() -> None:
     ("request_", "causal", "message"),
     [
         (GenerateRequest("x", [1], 3, pooling="last"), True, "max_tokens must be 0 for an embedding, not 3"),
-        (GenerateRequest("x", [1], 0), True, "max_tokens must be at least 1"),
+        (GenerateRequest("x", [1], -1), True, "max_tokens must not be negative"),
         (GenerateRequest("x", [1], 1), False, "only embeddings can be made"),
         (GenerateRequest("x", [], 0, pooling="last"), True, "the prompt is empty"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler.config import SchedulerConfig
-from scheduler.request import GeneratedToken, GenerateRequest
+from scheduler.request import FinishReason, GeneratedToken, GenerateRequest
 from tests.scheduler.fake_workers import expected_tokens, score_of
 from tests.scheduler.harness import Harness, make_harness
 
@@ -43,6 +43,20 @@ def test_of_every_token_in_order(backend: dict[str, object], chunk: int) -> None
         check(harness, name, prompt)
         assert harness.tokens[name] == expected_tokens(prompt, 3)
     assert not told(harness, "silent") and harness.ends["long"].cached_tokens == 0
+
+
+@pytest.mark.parametrize("sp_size", [1, 2])
+def test_of_a_prompt_that_fills_the_cache_and_generates_nothing(sp_size: int) -> None:
+    harness = make_harness(pages_per_rank=8, sp_size=sp_size)
+    prompt = [7 * i % 50 for i in range(harness.controller.stats().capacity_tokens)]
+    submit(harness, "r", prompt, max_tokens=0)
+    harness.submit("behind", prompt[:9], 2)
+    harness.run()
+    check(harness, "r", prompt)
+    assert harness.ends["r"].finish_reason is FinishReason.LENGTH and harness.tokens["r"] == []
+    assert harness.tokens["behind"] == expected_tokens(prompt[:9], 2)
+    stats = harness.controller.stats()
+    assert (stats.prompt_tokens, stats.generated_tokens, stats.pages_used) == (len(prompt) + 9, 2, 0)
 
 
 def test_a_retracted_request_tells_them_once() -> None:

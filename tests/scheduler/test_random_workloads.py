@@ -61,7 +61,7 @@ def random_requests(rng: random.Random, longest: int) -> list[GenerateRequest]:
         prompt = prompt[: longest - 12]
         sampling = Sampling(seed=rng.randrange(3), repetition_penalty=rng.choice([1.0, 1.0, 1.1]))
         stops = frozenset(rng.sample(range(VOCAB), 10)) if rng.random() < 0.3 else frozenset()
-        requests.append(GenerateRequest(f"r{number}", prompt, rng.randint(1, 12), sampling, stops))
+        requests.append(GenerateRequest(f"r{number}", prompt, rng.randint(0, 12), sampling, stops))
     return requests
 
 

@@ -78,15 +78,19 @@ class FakeClient:
         made, name = 0, request.request_id
         if request.pooling is not None:
             yield self._embedded(request)
+        elif not request.max_tokens:
+            yield Output(name, [], FinishReason.LENGTH, prompt=self._scored(request))
         while made < request.max_tokens:
             tokens = []
+            prompt = [] if made else self._scored(request)
             for _ in range(self.tokens_per_output):
                 if self.fail_after is not None and made >= self.fail_after:
                     yield Output(name, finish_reason=FinishReason.ERROR, error="rank 1 failed: out of memory")
                     return
                 token = self.next_token(request, made)
                 if token in request.stop_token_ids and made >= request.min_tokens:
-                    yield Output(name, tokens, FinishReason.STOP, token, self.cached_tokens)
+                    stop = self._generated(request, token)
+                    yield Output(name, tokens, FinishReason.STOP, stop, self.cached_tokens, prompt=prompt)
                     return
                 tokens.append(self._generated(request, token))
                 made += 1
@@ -97,7 +101,6 @@ class FakeClient:
                 return
             last = FinishReason.LENGTH if made == request.max_tokens else None
             steps = self._steps(request, made) if request.explain else []
-            prompt = self._scored(request) if made <= self.tokens_per_output else []
             yield Output(name, tokens, last, cached_tokens=self.cached_tokens, steps=steps, prompt=prompt)
             await self._wait(self.token_seconds)
 

@@ -136,6 +136,15 @@ def test_tokenize_and_back(http: httpx.Client) -> None:
     assert http.post("/detokenize", json={"tokens": [5000]}).json()["error"]["param"] == "tokens"
 
 
+def test_what_a_remote_tokenizer_asks_for(http: httpx.Client) -> None:
+    """lm-evaluation-harness uses a server's tokenizer if it tells its end-of-sequence token."""
+    info = http.get("/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"], info["pad_token"]) == ("<|endoftext|>", "<|end|>", "<|pad|>")
+    assert info["chat_template"].startswith("{%- for message in messages %}")
+    ids = http.post("/tokenize", json={"prompt": info["eos_token"], "add_special_tokens": False}).json()["tokens"]
+    assert http.post("/detokenize", json={"tokens": ids, "skip_special_tokens": False}).json()["prompt"] == "<|end|>"
+
+
 @pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_flush_cache(live: Live, http: httpx.Client, path: str, method: str) -> None:

@@ -73,6 +73,8 @@ def test_stops(http: httpx.Client) -> None:
     found = answer(http, text="a b c", sampling_params={"stop_token_ids": IDS[1:2]})
     assert found["meta_info"]["finish_reason"] == {"type": "stop", "matched": IDS[1]}
     assert found["output_ids"] == IDS[:2] and found["meta_info"]["completion_tokens"] == 2
+    found = answer(http, text="a b c", sampling_params={"stop_token_ids": IDS[1:2]}, return_logprob=True)
+    assert [token for _, token, _ in found["meta_info"]["output_token_logprobs"]] == IDS[:2]
 
 
 def test_every_event_tells_all_so_far(http: httpx.Client) -> None:
@@ -111,6 +113,14 @@ def test_logprobs(http: httpx.Client) -> None:
     assert answer(http, **body, logprob_start_len=9)["meta_info"]["input_token_logprobs"] == []
 
 
+def test_logprobs_of_the_prompt_alone(http: httpx.Client) -> None:
+    params = {"sampling_params": {"max_new_tokens": 0}, "return_logprob": True, "logprob_start_len": 0}
+    found = answer(http, input_ids=IDS, **params)
+    assert (found["text"], found["output_ids"], found["meta_info"]["output_token_logprobs"]) == ("", [], [])
+    assert found["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
+    assert [logprob for logprob, *_ in found["meta_info"]["input_token_logprobs"]] == [None, -1, -2]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -119,7 +129,7 @@ def test_logprobs(http: httpx.Client) -> None:
         ({"text": ""}, "text"),
         ({"input_ids": [4032]}, "input_ids"),
         ({"input_ids": [[1], "x"]}, "input_ids"),
-        ({"text": "x", "sampling_params": {"max_new_tokens": 0}}, "sampling_params.max_new_tokens"),
+        ({"text": "x", "sampling_params": {"max_new_tokens": -1}}, "sampling_params.max_new_tokens"),
         ({"text": "x", "sampling_params": {"max_new_tokens": 10**9}}, "sampling_params.max_new_tokens"),
         (
             {"text": "x", "sampling_params": {"max_new_tokens": 1, "min_new_tokens": 2}},

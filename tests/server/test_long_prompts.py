@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
 
+from server.completion import CompletionFormat
+from server.generate import GenerateWriter
 from tests.server.fake_client import FakeClient
 from tests.server.live import Live, live_server
 
@@ -82,6 +86,32 @@ def test_a_million_ids(roomy: Live) -> None:
     assert response.json()["usage"]["prompt_tokens"] == 1_000_000
     assert roomy.client.requests[-1].prompt == IDS
     assert silence < ALLOWED
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("num_tokens", "in_thread"), [(2000, True), (20, False)])
+def test_log_probabilities_of_a_long_prompt_are_written_beside_the_loop(
+    roomy: Live, monkeypatch: pytest.MonkeyPatch, stream: bool, num_tokens: int, in_thread: bool
+) -> None:
+    """It takes 10 us a token with 5 alternatives."""
+    seen: list[str] = []
+
+    def watched(write: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            seen.append(threading.current_thread().name)
+            return write(*args)
+
+        return run
+
+    monkeypatch.setattr(CompletionFormat, "_of_prompt", watched(CompletionFormat._of_prompt))
+    monkeypatch.setattr(GenerateWriter, "_scored", watched(GenerateWriter._scored))
+    ids = IDS[:num_tokens]
+    body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 5, "stream": stream}
+    scored = {"input_ids": ids, "sampling_params": {"max_new_tokens": 0}, "return_logprob": True}
+    with roomy.http() as http:
+        assert http.post("/v1/completions", json=body).status_code == 200
+        assert http.post("/generate", json={**scored, "logprob_start_len": 0}).status_code == 200
+    assert [name.startswith("asyncio_") for name in seen] == [in_thread] * 2
 
 
 def test_one_bad_id_among_a_million(roomy: Live) -> None:

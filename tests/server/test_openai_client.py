@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -141,6 +142,32 @@ def test_echoed_logprobs(api: openai.OpenAI, n: int) -> None:
             assert all(
                 piece == token for piece, token in zip(pieces, logprobs.tokens, strict=True) if "\ufffd" not in token
             )
+
+
+def test_a_stop_token_has_its_log_probability(api: openai.OpenAI) -> None:
+    """Evaluation harnesses take the last entry for the one generated token, and must not find the prompt's last."""
+    ids = TOKENIZER.encode("a b c")
+    answer = api.completions.create(
+        model="default", prompt=ids, echo=True, logprobs=1, max_tokens=1, extra_body={"stop_token_ids": ids[:1]}
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and answer.choices[0].finish_reason == "stop"
+    assert logprobs.token_logprobs == [None, -1, -2, -0.5] and logprobs.text_offset == [0, 1, 3, 5]
+    assert logprobs.tokens == ["a", " b", " c", "a"] and answer.choices[0].text == "a b c"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_may_be_scored_without_generating(api: openai.OpenAI, stream: bool) -> None:
+    fields: dict[str, Any] = {"model": "default", "prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 0}
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = api.completions.create(**fields, **options)
+    *parts, last = answer if stream else [answer, answer]
+    logprobs = [logprob for part in parts for logprob in part.choices[0].logprobs.token_logprobs]
+    num_tokens = len(TOKENIZER.encode(PROMPT))
+    assert logprobs == [None, *(float(-i) for i in range(1, num_tokens))]
+    assert "".join(part.choices[0].text for part in parts) == PROMPT
+    assert parts[-1].choices[0].finish_reason == "length"
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (num_tokens, 0)
 
 
 def test_streamed_echo_has_the_same_logprobs(api: openai.OpenAI) -> None:
@@ -297,7 +324,9 @@ def test_the_tokenizers_own_start_token(tmp_path: Path) -> None:
     with live_server(FakeClient(), "--model", str(tmp_path), "--served-model-name", "bos") as live:
         api = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
         api.completions.create(model="bos", prompt="x", max_tokens=1)
+        api.completions.create(model="bos", prompt="x", max_tokens=1, extra_body={"add_special_tokens": False})
         api.chat.completions.create(model="bos", messages=[{"role": "user", "content": "x"}], max_tokens=1)
-        completion, chat = (request.prompt for request in live.client.requests)
+        completion, bare, chat = (request.prompt for request in live.client.requests)
     assert completion == [0, *TOKENIZER.encode("x")]
+    assert bare == TOKENIZER.encode("x")
     assert TOKENIZER.decode(chat, skip_special_tokens=False) == "<|user|>\nx<|end|>\n<|assistant|>\n"

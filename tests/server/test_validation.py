@@ -49,7 +49,6 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [1, "x"]}, "prompt"),
     ({"prompt": ["x", 1]}, "prompt"),
     ({"prompt": [[1], 2]}, "prompt"),
-    ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),
     ({"max_tokens": 2.5}, "max_tokens"),
@@ -121,6 +120,7 @@ def test_wrong_fields_of_completions(live: Live, fields: dict[str, Any], param: 
         ({"messages": USER, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": USER, "logprobs": 3}, "logprobs"),
+        ({"messages": USER, "max_tokens": 0}, "max_tokens"),
         ({"messages": USER, "max_completion_tokens": 0}, "max_completion_tokens"),
         ({"messages": USER, "max_completion_tokens": 10**7}, "max_tokens"),
         ({"messages": USER, "tools": [{"type": "function"}]}, "tools"),
@@ -195,6 +195,8 @@ def test_too_long_prompts_say_so_in_words_that_clients_look_for() -> None:
         assert "exceeds the model's maximum context length of 100 tokens" in error(response)["message"]
         assert post(live, COMPLETIONS, {"prompt": [5] * 90, "max_tokens": 10}).status_code == 200
         assert post(live, COMPLETIONS, {"prompt": [5] * 90}).json()["usage"]["completion_tokens"] == 10
+        assert post(live, COMPLETIONS, {"prompt": [5] * 100, "max_tokens": 0}).status_code == 200
+        assert error(post(live, COMPLETIONS, {"prompt": [5] * 101, "max_tokens": 0}))["param"] == "prompt"
 
 
 def test_paths_and_methods(live: Live) -> None:
