@@ -106,7 +106,8 @@ class _Peer:
     came: dict[int, tuple[int, int]] = field(default_factory=dict)  # message -> segment, bytes: not yet waited for
     theirs: dict[int, Tensor] = field(default_factory=dict)  # its segments, by number
     knows: set[int] = field(default_factory=set)  # this rank's segments
-    alive: bool = True
+    speaks: bool = True  # there may be notes of its to read, also of a peer that is gone
+    hears: bool = True
 
 
 class SharedMemoryTransport:
@@ -168,7 +169,7 @@ class SharedMemoryTransport:
         self._free.remove(segment)
         del self._segments[segment.number]
         for peer in self._peers.values():
-            if peer.alive and segment.number in peer.knows:
+            if peer.hears and segment.number in peer.knows:
                 peer.knows.remove(segment.number)
                 self._tell(peer, _GONE, segment.number)
 
@@ -190,7 +191,7 @@ class SharedMemoryTransport:
                 if not self._sleep(peer, select.POLLOUT | select.POLLIN, deadline):
                     raise self._timed_out(f"rank {peer.rank} took nothing") from None
             except (BrokenPipeError, ConnectionResetError):
-                peer.alive = False
+                peer.hears = False  # what it sent before it left is still to be read
                 if what == _SENT:
                     raise self._failure(f"rank {peer.rank} is gone") from None
                 return
@@ -200,7 +201,7 @@ class SharedMemoryTransport:
         began = time.monotonic()
         while index not in peer.came:
             read = self._read_notes(peer)
-            if not peer.alive and index not in peer.came:
+            if not peer.speaks and index not in peer.came:
                 raise self._failure(f"rank {peer.rank} is gone")
             spun = time.monotonic() - began > _SPIN_SECONDS
             if not read and spun and not self._sleep(peer, select.POLLIN, began + self._timeout):
@@ -226,7 +227,7 @@ class SharedMemoryTransport:
     def _read_notes(self, peer: _Peer) -> bool:
         """Take in what the peer has said. False if that is nothing."""
         read = False
-        while peer.alive:
+        while peer.speaks:
             try:
                 note, fds, flags, _ = socket.recv_fds(peer.socket, _NOTE.size, 1)
             except BlockingIOError:
@@ -235,7 +236,7 @@ class SharedMemoryTransport:
                 continue
             read = True
             if not note:
-                peer.alive = False
+                peer.speaks = peer.hears = False
                 return read
             what, number, num_bytes = _NOTE.unpack(note)
             if what == _SENT:
@@ -274,7 +275,7 @@ class _Receive:
 
     def release(self) -> None:
         assert self._came is not None, "released before it was waited for"
-        if self._peer.alive:
+        if self._peer.hears:
             self._transport._tell(self._peer, _READ, self._came[0])
 
 

@@ -137,6 +137,29 @@ def test_a_message_of_another_size_is_an_error_that_names_both() -> None:
     assert run_on_ranks(2, expect_more)[0] == "rank 0: rank 1 sent 2 bytes, not 3: give all ranks equal arguments"
 
 
+def leave_after_sending(rank: int, size: int) -> list[int]:
+    """Rank 1 is through with its part when rank 0 tells it what was read, and has not looked for the rest."""
+    transport, got = connect(rank, size), []
+    if rank == 1:
+        transport.exchange((), [Message(0, message(5))])
+        dist.barrier()
+        transport.exchange((), [Message(0, message(6))])
+        del transport
+        gc.collect()
+        dist.barrier()
+        return []
+    (first, second), _ = transport.exchange([Expected(1, 1)] * 2, ())
+    got += first.wait().tolist()
+    dist.barrier()
+    dist.barrier()
+    first.release()
+    return got + second.wait().tolist()
+
+
+def test_what_a_rank_sent_before_it_left_is_read() -> None:
+    assert run_on_ranks(2, leave_after_sending)[0] == [5, 6]
+
+
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
