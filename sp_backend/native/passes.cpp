@@ -1,6 +1,6 @@
-// The passes of a decoder layer between its matrix products, each over the activations once: RMSNorm with the residual
-// addition before it, the rotary embedding with the norms of q and k, and SiLU(gate) * up. bf16 in and out, fp32
-// within, rounded once at the end.
+// The passes between a decoder layer's matrix products, each over its data once: RMSNorm with the residual addition
+// before it, the rotary embedding with the norms of q and k, SiLU(gate) * up, and the merge of two attention states.
+// bf16 in and out (states also fp32), fp32 within, rounded once at the end.
 //
 // Rows are split over torch's threads. The loops are plain, for the compiler to vectorise: a row is widened into a
 // buffer in the first-level cache, worked on there, and rounded into its place.
@@ -181,16 +181,82 @@ void silu_mul(Tensor gate_up, Tensor out) {
   });
 }
 
+// An attention state: out [rows, heads, dim] in bf16 or fp32, lse [rows, heads] in fp32.
+struct State {
+  State(const Tensor& out, const Tensor& lse)
+      : out_data(static_cast<char*>(out.mutable_data_ptr())),
+        size(out.element_size()),
+        out_row(out.stride(0) * size),
+        out_head(out.stride(1) * size),
+        lse_data(static_cast<float*>(lse.mutable_data_ptr())),
+        lse_row(lse.stride(0)),
+        lse_head(lse.stride(1)) {
+    const bool known = out.scalar_type() == ScalarType::BFloat16 || out.scalar_type() == ScalarType::Float;
+    STD_TORCH_CHECK(known && out.stride(2) == 1, "out: bfloat16 or float32 [rows, heads, dim], contiguous along dim");
+    STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float, "lse: float32 [rows, heads]");
+  }
+
+  float& lse(int64_t r, int64_t h) const { return lse_data[r * lse_row + h * lse_head]; }
+
+  // A head's numbers in fp32: where they are, or in the buffer.
+  const float* read(int64_t r, int64_t h, int64_t dim, float* buffer) const {
+    const char* const at = out_data + r * out_row + h * out_head;
+    if (size == sizeof(float)) return reinterpret_cast<const float*>(at);
+    widen(reinterpret_cast<const Bf16*>(at), buffer, dim);
+    return buffer;
+  }
+
+  void write(int64_t r, int64_t h, int64_t dim, const float* from) const {
+    char* const at = out_data + r * out_row + h * out_head;
+    if (size == sizeof(float)) {
+      std::copy_n(from, dim, reinterpret_cast<float*>(at));
+    } else {
+      narrow(from, reinterpret_cast<Bf16*>(at), dim);
+    }
+  }
+
+  char* out_data;
+  int64_t size, out_row, out_head;  // in bytes
+  float* lse_data;
+  int64_t lse_row, lse_head;  // in numbers
+};
+
+// Two states over disjoint keys to a third, which may be one of them.
+void merge_states(Tensor out, Tensor lse, Tensor other_out, Tensor other_lse, Tensor to_out, Tensor to_lse) {
+  const int64_t rows = out.size(0), heads = out.size(1), dim = out.size(2);
+  const State mine(out, lse), theirs(other_out, other_lse), target(to_out, to_lse);
+  for_rows(rows, heads * dim, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffers(3 * dim);
+    float *const a = buffers.data(), *const b = a + dim, *const merged = b + dim;
+    for (int64_t r = begin; r < end; r++) {
+      for (int64_t h = 0; h < heads; h++) {
+        const float x = mine.lse(r, h), y = theirs.lse(r, h);
+        const float top = std::max(x, y), shift = top == -INFINITY ? 0.0f : top;
+        const float of_a = exponential(x - shift), of_b = exponential(y - shift), total = of_a + of_b;
+        const float by = total > 0 ? 1.0f / total : 0.0f, share_a = of_a * by, share_b = of_b * by;
+        const float *const from_a = mine.read(r, h, dim, a), *const from_b = theirs.read(r, h, dim, b);
+        for (int64_t d = 0; d < dim; d++) merged[d] = from_a[d] * share_a + from_b[d] * share_b;
+        target.write(r, h, dim, merged);
+        target.lse(r, h) = top + std::log(total);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sp_serve, library) {
   library.def("rms_norm(Tensor(a!) hidden, Tensor? delta, Tensor weight, float eps, Tensor(b!) out) -> ()");
   library.def("rotate(Tensor x, Tensor(a!) out, int heads, Tensor cos, Tensor sin, Tensor? norm, float eps) -> ()");
   library.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
+  library.def(
+      "merge_states(Tensor out, Tensor lse, Tensor other_out, Tensor other_lse, Tensor(a!) to_out, Tensor(b!) to_lse) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sp_serve, CPU, library) {
   library.impl("rms_norm", TORCH_BOX(&rms_norm));
   library.impl("rotate", TORCH_BOX(&rotate));
   library.impl("silu_mul", TORCH_BOX(&silu_mul));
+  library.impl("merge_states", TORCH_BOX(&merge_states));
 }

@@ -1,4 +1,8 @@
-"""Merging states is softmax over the union of their keys, in any order, empty ones included."""
+"""Merging states is softmax over the union of their keys, in any order, empty ones included: in one native pass and in
+torch's steps.
+"""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -6,9 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sp_backend import native, state
 from sp_backend.state import AttentionState
 
 ROWS, HEADS, DIM = 3, 2, 4
+
+
+@pytest.fixture(scope="module", params=["native", "in steps"], autouse=True)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        native.load("passes")  # else both would be torch's steps
+        patch.setattr(state, "_native", lambda: request.param == "native")
+        yield request.param
 
 
 def state_of(scores: Tensor, values: Tensor) -> AttentionState:
@@ -62,10 +75,10 @@ def test_merge_is_commutative_and_associative(case: tuple[Tensor, Tensor, list[i
 @settings(max_examples=50, deadline=None)
 @given(parts())
 def test_the_empty_state_changes_nothing(case: tuple[Tensor, Tensor, list[int]]) -> None:
-    state = state_of(*case[:2])
+    own = state_of(*case[:2])
     empty = AttentionState.empty(ROWS, HEADS, DIM)
-    for merged in (state.merge(empty), empty.merge(state)):
-        assert torch.equal(merged.out, state.out) and torch.equal(merged.lse, state.lse)
+    for merged in (own.merge(empty), empty.merge(own)):
+        assert torch.equal(merged.out, own.out) and torch.equal(merged.lse, own.lse)
 
 
 def test_merge_leaves_its_operands_and_merge_in_place_writes_only_the_first() -> None:
@@ -91,14 +104,24 @@ def test_a_partial_result_in_lower_precision_is_merged_into_fp32() -> None:
     assert merged.out.dtype == torch.float32 and torch.allclose(merged.out, torch.tensor(0.55))
 
 
-def test_a_merge_is_written_elsewhere_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And changes neither side, and rounds once if the target is in bf16."""
-    monkeypatch.setattr("sp_backend.state._PART", 2 * HEADS * DIM)
-    a = AttentionState(torch.randn(7, HEADS, DIM), torch.randn(7, HEADS))
-    b = AttentionState(torch.randn(7, HEADS, DIM), torch.randn(7, HEADS))
-    want, before = a.merge(b), a.out.clone()
+@pytest.mark.parametrize("dim", [1, 33, 64])
+def test_a_merge_is_written_elsewhere(monkeypatch: pytest.MonkeyPatch, dim: int) -> None:
+    """In parts, of views too; it changes neither side, and rounds once if the target is in bf16."""
+    monkeypatch.setattr("sp_backend.state._PART", 2 * HEADS * dim)
+    wide = [AttentionState(torch.randn(9, HEADS + 2, dim), 9 * torch.randn(9, HEADS + 2)) for _ in range(2)]
+    a, b = (each.heads(1, 1 + HEADS).rows(2, 9) for each in wide)
+    exact = AttentionState(a.out.double(), a.lse.double()).merge(AttentionState(b.out.double(), b.lse.double()))
+    want, before = a.merge(b), [each.out.clone() for each in wide]
+    assert close(want, AttentionState(exact.out.float(), exact.lse.float()))
     for dtype in (torch.float32, torch.bfloat16):
-        target = AttentionState(torch.full((7, HEADS, DIM), torch.nan, dtype=dtype), torch.full((7, HEADS), torch.nan))
+        target = AttentionState(torch.full((7, HEADS, dim), torch.nan, dtype=dtype), torch.full((7, HEADS), torch.nan))
         a.merge_to(b, target)
         assert target.out.equal(want.out.to(dtype)) and target.lse.equal(want.lse)
-    assert a.out.equal(before)
+    assert all(each.out.equal(was) for each, was in zip(wide, before, strict=True))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_any_side_may_be_in_lower_precision(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    a, b = (AttentionState(torch.randn(5, HEADS, DIM).to(dtype), torch.randn(5, HEADS)) for dtype in dtypes)
+    want = AttentionState(a.out.float(), a.lse).merge(AttentionState(b.out.float(), b.lse))
+    assert a.merge(b).out.equal(want.out.bfloat16())
