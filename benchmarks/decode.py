@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import statistics
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -97,6 +97,16 @@ def parts_of(steps: Sequence[Step | None]) -> list[SequenceStep]:
     return [part for step in steps if step is not None for group in step.groups for part in group.sequences]
 
 
+def of_all_streams(steps: Sequence[Sequence[Step | None]]) -> set[int]:
+    """Ids of the steps in which as many streams get a token as in any on the same ranks."""
+    found: dict[tuple[int, ...], dict[int, int]] = defaultdict(dict)  # ranks -> step id -> streams
+    for step in steps:
+        of_ranks = {rank: part.step_id for rank, part in enumerate(step) if part is not None}
+        streams = {part.request_id for part in parts_of(step) if part.num_new == 1}
+        found[tuple(of_ranks)][max(of_ranks.values())] = len(streams)
+    return {step for each in found.values() for step, count in each.items() if count == max(each.values())}
+
+
 class BareLoop:
     def __init__(self, pool: WorkerPool, controller: Controller, recorder: Recorder) -> None:
         self._pool = pool
@@ -105,17 +115,17 @@ class BareLoop:
         self._num_requests = 0
 
     def inter_token_seconds(self, prefix: list[int], prompts: Sequence[list[int]], num_tokens: int) -> float:
-        """The median time of the steps in which all streams get a token."""
+        """The median time of the steps in which all streams of their ranks get a token."""
         self._plan([prefix], 1)
         self._plan(prompts, num_tokens)
         steps, self._recorder.steps = self._recorder.steps, []
         for step in steps:
             self._pool.submit(step)
-        results = [self._results() for _ in steps]
+        results, wanted = [self._results() for _ in steps], of_all_streams(steps)
         seconds = [
             max(result.seconds + result.idle_seconds for result in each)
-            for step, each in zip(steps, results, strict=True)
-            if len({part.request_id for part in parts_of(step) if part.num_new == 1}) == len(prompts)
+            for each in results
+            if each[0].step_id in wanted
         ]
         return statistics.median(seconds[int(SETTLE * len(seconds)) :])
 

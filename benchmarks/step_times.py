@@ -20,7 +20,7 @@ ONE_TOKEN_REQUESTS = 256
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of one step, on average."""
+    """Seconds of one step of the rank that had most, on average."""
 
     num_steps: int
     wall: float
@@ -48,16 +48,16 @@ class Watch:
 
     def steps(self) -> StepTimes:
         before, after = self._before, self._read()
-        num_steps = round(sum(after.counters["sp:num_steps_total"]) - sum(before.counters["sp:num_steps_total"]))
 
         def most(name: str) -> float:
-            return max(b - a for a, b in zip(before.counters[name], after.counters[name], strict=True)) / num_steps
+            return max(b - a for a, b in zip(before.counters[name], after.counters[name], strict=True))
 
+        num_steps = round(most("sp:rank_num_steps_total"))
         return StepTimes(
             num_steps,
             (after.at - before.at) / num_steps,
-            most("sp:rank_idle_seconds_total"),
-            most("sp:rank_busy_seconds_total"),
+            most("sp:rank_idle_seconds_total") / num_steps,
+            most("sp:rank_busy_seconds_total") / num_steps,
             {label: (after.cpu[label] - before.cpu[label]) / num_steps for label in before.cpu},
         )
 
@@ -124,7 +124,7 @@ def _counters(server: LaunchedServer) -> dict[str, list[float]]:
     """Values of the counters in /metrics, by name."""
     values: dict[str, list[float]] = {}
     for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines():
-        if line.startswith(("sp:rank_", "sp:num_steps")):
+        if line.startswith("sp:rank_"):
             name, value = line.split("{", 1)[0], line.rsplit(" ", 1)[1]
             values.setdefault(name, []).append(float(value))
     return values

@@ -1,12 +1,13 @@
 """Continuous batching: which sequences run in the next step, and what a finished step means for each.
 
-Prefill and decode steps alternate while both have work. A stream that cannot get a page for its next token makes the
+Prefill and decode steps alternate while both have work. A prefill step may need any rank, so it waits for all; a rank
+may decode by itself (turns.py). A stream that cannot get a page for its next token makes the
 youngest live request give way: it loses its pages (what the prefix cache knows of them stays findable), keeps its
 tokens, and is the first of its lane to come back. The oldest live request therefore always gets on, and every request
 fits when it is alone, so nobody waits for ever. Half-prefilled prompts cannot block each other: they are admitted only
 with room for all of each, and give way to streams like everybody else.
 
-A step is planned while the one before it runs, as if that had been done already: workers take steps in order. Only
+A step is planned while the one before it runs, as if that had been done already: a rank takes its steps in order. Only
 its tokens are not known yet (UNDRAWN). A request that they end has run one step in vain, whose outcome is dropped.
 Nobody gives way before all tokens are known, for pages may be about to come back.
 """
@@ -14,10 +15,8 @@ Nobody gives way before all tokens are known, for pages may be about to come bac
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Literal
 
 import msgspec
@@ -30,7 +29,8 @@ from scheduler.prefill import PrefillLanes
 from scheduler.prefill_time import PrefillTime
 from scheduler.request import FinishReason, GeneratedToken, GenerateRequest, Output, StepReport
 from scheduler.sequence import UNDRAWN, Chunk, Sequence
-from sp_backend.commands import SampledToken, StepResult
+from scheduler.turns import Ranks, Turns
+from sp_backend.commands import LOCAL, SampledToken, StepResult
 from sp_backend.config import BackendConfig
 
 StepKind = Literal["prefill", "decode"]
@@ -95,8 +95,8 @@ class Batcher:
         self._ended: list[int] = []  # sequences whose pages have gone back: the workers are not told yet
         self._num_arrived = 0
         self._num_in_flight = 0  # steps sent and not completed
-        self._decode_next = False
-        self._last_turn = -1  # id of the last stream of the previous decode step, when they take turns
+        self._turns = Turns(self.placement)
+        self._short_of_pages = Ranks()  # whose streams need some, which steps in flight may return
 
     def add(self, request: GenerateRequest) -> None:
         assert len(request.prompt) + min(request.max_tokens, 1) <= self.max_length, "refused when submitted"
@@ -130,26 +130,33 @@ class Batcher:
         ended, self._ended = self._ended, []
         return ended
 
-    def next_step(self) -> PlannedStep | None:
-        """The next step, with pages taken; None if there is nothing to do before those in flight are completed."""
+    def next_step(self, free: Ranks, idle: Ranks) -> PlannedStep | None:
+        """The next step for ranks that can take one, with pages taken; None if there is nothing for them to do, or not
+        before steps in flight are completed, or other ranks are free. idle: those that have none.
+        """
+        everyone = len(free) == self.placement.num_ranks
         while self._live:
             streams = [sequence for sequence in self.running if not sequence.is_complete]
-            if not (self._decode_next and streams):
+            prompts_wait = bool(self.lanes)
+            if prompts_wait and not self._turns.are_owed(streams):
+                if not everyone:
+                    return self._decode(streams, idle, False)
                 draft = self.lanes.select(self.running)
+                self._turns.owe()
                 if draft.chunks:
-                    self._decode_next = True
                     tokens, pairs = max(draft.tokens), max(draft.pairs)
                     chunks, choices = self._plans.assign(draft.chunks)
                     return PlannedStep("prefill", chunks, tokens, pairs, draft.num_cached, choices)
-            self._decode_next = False
             # prompts are admitted with room for all of them: without streams, who take more, one can always go on
-            assert streams or self._num_in_flight, "somebody can go on"
-            if decoded := self._decode(streams):
-                chunks, choices = self._plans.assign(decoded)
-                return PlannedStep("decode", chunks, choices=choices)
-            if self._num_in_flight:
-                return None
+            assert streams or self._num_in_flight or not everyone, "somebody can go on"
+            if (decoded := self._decode(streams, free, prompts_wait)) or self._num_in_flight or not everyone:
+                return decoded
         return None
+
+    def has_requests_on(self, rank: int) -> bool:
+        """Whether the rank takes part in what some request is having computed."""
+        live = self.running + self.lanes.prefilling
+        return any(len(sequence.home) > 1 or sequence.home.start == rank for sequence in live)
 
     def sent(self, step: PlannedStep) -> None:
         """The step is on its way to the workers: the next is planned as if it were done."""
@@ -204,10 +211,28 @@ class Batcher:
         )
         chunk.sequence.reports.append(report)
 
-    def _decode(self, streams: list[Sequence]) -> list[Chunk]:
+    def _decode(self, streams: list[Sequence], free: Ranks, prompts_wait: bool) -> PlannedStep | None:
+        """The next token of all streams, or of those of one rank; None if no step's ranks are free, or prompts come
+        first, or pages are short and steps in flight may return some.
+        """
+        steps = self._turns.next(streams, free, prompts_wait)
+        for ranks, own in sorted(steps, key=lambda step: not self._short_of_pages <= step[0]):
+            if self._num_in_flight and not self._short_of_pages <= ranks:
+                break  # the others stop, too: else those who came later would not have to give way for long
+            chunks = self._next_tokens(self._turns.take(ranks, own))
+            self._short_of_pages = Ranks() if chunks or not self._num_in_flight else ranks
+            alone = len(ranks) < self.placement.num_ranks
+            if not chunks or (alone and any(chunk.plan != LOCAL for chunk in chunks)):
+                return None  # in the latter case a page is now elsewhere: they need all ranks from here on
+            self._turns.taken(ranks)
+            chunks, choices = self._plans.assign(chunks)
+            return PlannedStep("decode", chunks, choices=choices)
+        return None
+
+    def _next_tokens(self, streams: list[Sequence]) -> list[Chunk]:
         """A chunk for each stream; none if pages are short and steps in flight may return some."""
         chunks: list[Chunk] = []
-        for sequence in self._whose_turn(streams):
+        for sequence in streams:
             # the youngest give way, so whoever has a chunk keeps it
             while sequence.node is not None:
                 chunk = self.placement.next_token(sequence)
@@ -218,21 +243,6 @@ class Batcher:
                     return []
                 self._retract_youngest()
         return chunks
-
-    def _whose_turn(self, streams: list[Sequence]) -> list[Sequence]:
-        """All streams, oldest first; or as many as have no more cached tokens between them than the pages hold.
-
-        Kernels read a step's history in one piece, in which a prefix that many streams share stands once for each
-        of them. Beyond the bound they take turns, so that sharing a prefix never costs more memory than not to.
-        """
-        streams = sorted(streams, key=lambda s: s.id)
-        if sum(s.num_computed for s in streams) <= self.placement.capacity:
-            return streams
-        streams.sort(key=lambda s: s.id <= self._last_turn)  # stable: those after the last one come first
-        history = list(accumulate(s.num_computed for s in streams))
-        turn = streams[: max(1, bisect_right(history, self.placement.capacity))]
-        self._last_turn = turn[-1].id
-        return sorted(turn, key=lambda s: s.id)
 
     def _retract_youngest(self) -> None:
         youngest = max(self.running + self.lanes.prefilling, key=lambda s: s.id)

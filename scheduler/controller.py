@@ -1,13 +1,15 @@
 """The one place that owns requests: takes them in, runs step after step on the workers, hands their tokens out.
 
 Every request that submit() takes ends in exactly one Output with a finish_reason. `step` is synchronous and does all
-the work; a thread calls it as long as there is some. While a step runs, the next one is planned and sent, so that the
-workers never wait for this thread. Aborts and new requests take effect with the next step that is planned.
+the work; a thread calls it as long as there is some. A rank has at most two steps: while it runs one, its next is
+planned and sent, so that it never waits for this thread. Aborts and new requests take effect with the next step that is
+planned.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -22,6 +24,7 @@ from scheduler.plans import StepPlanner
 from scheduler.request import GenerateRequest, Output
 from scheduler.stats import Stats, StepLog, Totals
 from scheduler.steps import StepWriter
+from scheduler.turns import Ranks
 from scheduler.worker_pool import WorkerFailed, Workers
 from sp_backend.commands import StepResult
 from sp_backend.config import BackendConfig
@@ -33,13 +36,15 @@ IDLE_SECONDS = 0.5  # how often idle workers are looked at
 PLANNED_AT = 0.5  # of a prefill step's expected time, the next one is planned: later arrivals miss it
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class InFlight:
     """A step that the workers have, or will take next."""
 
     planned: PlannedStep
+    ranks: Ranks  # that take part
+    follows: Ranks  # of them, those that had the step before, or had requests and waited for this one
     began: float  # when it was sent, or the one before it was done
-    follows: frozenset[int]  # SP ranks that took part in the step before, if there was no pause
+    is_followed: bool = False  # its successors are planned, or there were none when they could have been
 
 
 class Controller:
@@ -64,8 +69,9 @@ class Controller:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._step_id = 0
-        self._in_flight: deque[InFlight] = deque()  # at most two: one runs, one is next
-        self._last_ranks = frozenset[int]()  # SP ranks of the newest step; none after a pause
+        self._in_flight: dict[int, InFlight] = {}  # by step id, oldest first
+        self._queues: list[deque[InFlight]] = [deque() for _ in range(backend.sp_size)]  # of each SP rank
+        self._waiting: set[int] = set()  # SP ranks that were done with a step and have requests, but no step since
         self._due: list[Output] = []  # not handed out yet
         self._log = StepLog(config.decode_log_interval, clock())
 
@@ -113,32 +119,26 @@ class Controller:
     # The controller's thread
 
     def step(self) -> bool:
-        """Completes one step, with the next one sent before; False if there was nothing to do.
+        """Completes one step, with those after it sent before; False if there was nothing to do.
 
-        Its outputs may be handed out in the next call, after one more step is sent. A failure ends every request.
+        Its outputs may be handed out in the next call, after more steps are sent. A failure ends every request.
         """
         with self._failures():
-            if not self._in_flight:
-                self._send_next()
-            if not self._in_flight:
-                self.hand_out()
-                self._last_ranks = frozenset()
-                return False
-            results = self._results_before_next_is_planned()
-            self._in_flight[0].planned.predict()  # not before: workers that are being woken need this thread's core
-            if results is None and not self._closing:
+            results = None
+            while results is None and not self._closing:
                 self._send_next()
                 self.hand_out()
+                if not self._in_flight:
+                    self._waiting.clear()
+                    return False
                 results = self._await_results()
             if results is not None:
-                self._complete(self._in_flight.popleft(), results)
-            if not (self._in_flight and self._in_flight[0].planned.kind == "decode"):
-                self.hand_out()  # else the next step is planned at once, and goes first: workers may be waiting for it
+                self._complete(results)
             return True
         return False
 
     def hand_out(self) -> None:
-        """Tell requests what has come of them. After it the listener needs the interpreter: planning goes first."""
+        """Tell requests what has come of them. The listener then needs the interpreter, so planning goes first."""
         due, self._due = self._due, []
         if due:
             self._on_outputs(due)
@@ -175,35 +175,59 @@ class Controller:
             self.batcher.placement.cache.flush()
 
     def _send_next(self) -> None:
+        """All steps that can be planned now. That of a rank which runs a prefill step is planned late, with who has
+        arrived meanwhile; of others at once.
+        """
         self._take_in()
-        planned = self.batcher.next_step()
-        if planned is None:
-            return
+        now = self._clock()
+        free = {rank for rank, queue in enumerate(self._queues) if self._plan_at(queue) <= now}
+        while free:
+            idle = frozenset(rank for rank in free if not self._queues[rank])
+            if (planned := self.batcher.next_step(frozenset(free), idle)) is None:
+                break
+            free -= {rank for rank in self._send(planned) if self._plan_at(self._queues[rank]) > now}
+        for queue in self._queues:
+            if queue and not queue[0].is_followed and (len(queue) > 1 or self._plan_at(queue) <= now):
+                queue[0].is_followed = True
+                queue[0].planned.predict()  # not before: workers that are being woken need this thread's core
+
+    def _plan_at(self, queue: deque[InFlight]) -> float:
+        """When the next step of a rank with these may be planned."""
+        if not queue:
+            return -math.inf
+        planned = queue[0].planned
+        if len(queue) > 1:
+            return math.inf
+        if planned.kind == "decode":
+            return -math.inf
+        return queue[0].began + PLANNED_AT * self.batcher.prefill_time.expected(planned.tokens, planned.pairs)
+
+    def _send(self, planned: PlannedStep) -> Ranks:
+        """On which ranks it runs."""
         self._step_id += 1
         steps = self._writer.write(self._step_id, planned.chunks, self.batcher.take_ended())
+        ranks = frozenset(rank for rank, step in enumerate(steps) if step is not None)
         self._workers.submit(steps)
         self.batcher.sent(planned)
-        self._in_flight.append(InFlight(planned, self._clock(), self._last_ranks))
-        self._last_ranks = frozenset(rank for rank, step in enumerate(steps) if step is not None)
+        follows = frozenset(rank for rank in ranks if self._queues[rank] or rank in self._waiting)
+        sent = self._in_flight[self._step_id] = InFlight(planned, ranks, follows, self._clock())
+        for rank in ranks:
+            self._queues[rank].append(sent)
+        self._waiting -= ranks
         if planned.kind == "prefill":
             self._log.prefill(self.stats(), self._clock(), planned.num_new, len(planned.chunks), planned.num_cached)
-
-    def _results_before_next_is_planned(self) -> list[StepResult] | None:
-        """A long step's successor is planned late, with who has arrived meanwhile; None: the time has come."""
-        step = self._in_flight[0]
-        if step.planned.kind == "decode":
-            return None
-        expected = self.batcher.prefill_time.expected(step.planned.tokens, step.planned.pairs)
-        return self._poll_until(step.began + PLANNED_AT * expected)
+        return ranks
 
     def _await_results(self) -> list[StepResult] | None:
-        """None if the controller is being closed."""
-        step = self._in_flight[0]
-        patience = self._patience(step.planned)
-        results = self._poll_until(step.began + patience)
-        if results is None and not self._closing:
+        """Of a step that is done; None if more can be planned before one is, or the controller is being closed."""
+        oldest = next(iter(self._in_flight.values()))
+        patience = self._patience(oldest.planned)
+        late = oldest.began + patience
+        plan_at = [self._plan_at(queue) for queue in self._queues if queue and not queue[0].is_followed]
+        results = self._poll_until(min([late, *plan_at]))
+        if results is None and not self._closing and self._clock() >= late:
             raise WorkerFailed(
-                f"a {step.planned.kind} step of {step.planned.num_new} tokens took longer than the watchdog's "
+                f"a {oldest.planned.kind} step of {oldest.planned.num_new} tokens took longer than the watchdog's "
                 f"{patience:g} s"
             )
         return results
@@ -215,18 +239,21 @@ class Controller:
         return self._config.watchdog_timeout * max(1.0, num_chunks)
 
     def _poll_until(self, deadline: float) -> list[StepResult] | None:
-        """The oldest step's results; None if they are not there by then, or the controller is being closed."""
+        """A step's results; None if they are not there by then, or the controller is being closed."""
         while not self._closing and (left := deadline - self._clock()) > 0:
             results = self._workers.poll(min(left, POLL_SECONDS))
             if results is not None:
                 return results
         return None
 
-    def _complete(self, step: InFlight, results: list[StepResult]) -> None:
-        self._totals.add(step.planned, results, step.follows)
-        if self._in_flight:
-            self._in_flight[0].began = self._clock()
-        seconds, planned = max(result.seconds for result in results), step.planned
+    def _complete(self, results: list[StepResult]) -> None:
+        step = self._in_flight.pop(results[0].step_id)
+        for queue in (self._queues[rank] for rank in step.ranks):
+            assert queue.popleft() is step, "ranks take steps in order"
+            if queue:
+                queue[0].began = self._clock()
+        planned, seconds = step.planned, max(result.seconds for result in results)
+        self._totals.add(planned, results, step.follows)
         if planned.kind == "prefill":
             self.batcher.prefill_time.observe(planned.tokens, planned.pairs, seconds)
         self._log.plan(planned.kind, planned.num_new, planned.choices, seconds)
@@ -234,6 +261,7 @@ class Controller:
         self.batcher.pool(planned, results)
         outputs = self.batcher.complete(planned, sampled, seconds)
         self._due += outputs
+        self._waiting.update(r for r in step.ranks if not self._queues[r] and self.batcher.has_requests_on(r))
         if planned.kind == "decode" and self._log.decode_is_due(len(outputs)):
             self._log.decode(self.stats(), self._clock())
 
@@ -242,6 +270,7 @@ class Controller:
         if submitted is None:
             return
         self._in_flight.clear()
+        self._queues = [deque() for _ in self._queues]
         self._due += self.batcher.fail_all(why) + [failed(request.request_id, why) for request in submitted]
         self.hand_out()
         if why != SHUT_DOWN:

@@ -107,6 +107,10 @@ class PrefillLanes:
                 f"{placement.page_size} tokens"
             )
 
+    def __bool__(self) -> bool:
+        """Whether some prompt is not complete."""
+        return bool(self.short or self.long)
+
     @property
     def prefilling(self) -> list[Sequence]:
         return self.short.prefilling + self.long.prefilling
@@ -130,7 +134,7 @@ class PrefillLanes:
 
     def select(self, running: list[Sequence]) -> Draft:
         """The next prefill step, with pages taken; empty if nobody can go on. running: the streams."""
-        if not (self.short or self.long):
+        if not self:
             return Draft(self._placement)
         most = self._config.chunked_prefill_size if self._config.chunked_prefill_size > 0 else sys.maxsize
         seconds = math.inf if all(s.is_complete for s in running) else self._config.max_prefill_seconds
@@ -198,7 +202,7 @@ class PrefillLanes:
         if not num_new:
             return False
         if draft.chunks and draft.num_history + sequence.num_computed > self._placement.capacity:
-            return False  # see Batcher._whose_turn
+            return False  # see Turns.take
         if self._placement.heads and draft.chunks:  # layout heads runs one plan a step
             as_intended = self._placement.has_room_as_intended(sequence, num_new)
             if draft.chunks[0].plan is not None or not as_intended:

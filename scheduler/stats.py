@@ -26,6 +26,7 @@ class RankStats:
     num_pages: int
     pages_used: int  # held by requests
     pages_cached: int = 0  # kept for the prefix cache alone
+    num_steps: int = 0  # that it took part in
     query_key_pairs: int = 0
     bytes_sent: int = 0
     wait_seconds: float = 0.0
@@ -80,15 +81,17 @@ class Totals:
     def __init__(self, backend: BackendConfig) -> None:
         self._backend = backend
         self._results: dict[int, StepResult] = {}  # the last of each rank
+        self._num_steps = [0] * backend.world_size
         self._busy_seconds = [0.0] * backend.world_size
         self._idle_seconds = [0.0] * backend.world_size
         self._plans: dict[str, PlanStats] = {}
         self._last_chosen: tuple[PlanChoice, float] | None = None  # and what its step took
 
     def add(self, planned: PlannedStep, results: Sequence[StepResult], follows: frozenset[int]) -> None:
-        """follows: SP ranks that took part in the step before, if there was no pause."""
+        """follows: SP ranks that had the step before, or had requests and waited for this one."""
         for result in results:
             self._results[result.rank] = result
+            self._num_steps[result.rank] += 1
             self._busy_seconds[result.rank] += result.seconds
             if result.rank % self._backend.sp_size in follows:
                 self._idle_seconds[result.rank] += result.idle_seconds
@@ -143,6 +146,7 @@ class Totals:
             num_pages=pool.pages_per_rank,
             pages_used=pool.num_used(sp_rank),
             pages_cached=pool.num_idle(sp_rank),
+            num_steps=self._num_steps[rank],
             query_key_pairs=result.query_key_pairs if result else 0,
             bytes_sent=result.bytes_sent if result else 0,
             wait_seconds=result.wait_seconds if result else 0.0,

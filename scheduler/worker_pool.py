@@ -48,13 +48,14 @@ class Workers(Protocol):
     """What the controller needs of its workers."""
 
     def submit(self, steps: list[Step | None]) -> None:
-        """Starts a step, or queues it behind the one that runs; steps[r] goes to SP rank r, on every TP rank.
+        """Starts a step, or queues it behind what its ranks have; steps[r] goes to SP rank r, on every TP rank.
 
         None: the rank has no part in it. At least one has.
         """
 
     def poll(self, timeout: float) -> list[StepResult] | None:
-        """The oldest step's results of all who took part, by rank; None if some are missing after `timeout` seconds.
+        """Of a step that is done, the results of all who took part, by rank; each rank's in the order of its steps.
+        None if there is none after `timeout` seconds.
 
         Raises WorkerFailed as soon as a worker cannot answer any more, also between steps.
         """
@@ -104,13 +105,13 @@ class WorkerPool:
 
     def poll(self, timeout: float) -> list[StepResult] | None:
         deadline = time.monotonic() + timeout
-        while (results := self._oldest_results()) is None:
+        while (results := self._done()) is None:
             if (report := self._receive(deadline)) is not None:
                 assert isinstance(report, StepResult), f"unexpected {report}"
                 assert report.rank in self._results.get(report.step_id, ()), f"unexpected {report}"
                 self._results[report.step_id][report.rank] = report
             if time.monotonic() >= deadline:
-                return self._oldest_results()
+                return self._done()
         return results
 
     def stop(self, grace: float = 5.0) -> None:
@@ -168,11 +169,14 @@ class WorkerPool:
             if other.page_size != first.page_size:
                 raise WorkerFailed(f"workers 0 and {other.rank} have pages of different sizes")
 
-    def _oldest_results(self) -> list[StepResult] | None:
-        oldest = next(iter(self._results), None)
-        if oldest is None or None in self._results[oldest].values():
-            return None
-        return [result for result in self._results.pop(oldest).values() if result is not None]
+    def _done(self) -> list[StepResult] | None:
+        """One rank may be ahead of another that took part in the same step: its next one waits here for that."""
+        behind: set[int] = set()
+        for step_id, results in self._results.items():
+            if behind.isdisjoint(results) and None not in results.values():
+                return [result for result in self._results.pop(step_id).values() if result is not None]
+            behind |= results.keys()
+        return None
 
     def _send(self, rank: int, message: bytes) -> None:
         assert self._socket is not None

@@ -143,6 +143,7 @@ class _SchedulerCollector(Collector):
                 "pages_cached",
             ),
             (GaugeMetricFamily("sp:rank_pages_total", "KV pages", labels=labels), "num_pages"),
+            (_rank_counter("num_steps", "Forward passes that it took part in", labels), "num_steps"),
             (_rank_counter("query_key_pairs", "Attention work", labels), "query_key_pairs"),
             (_rank_counter("bytes_sent", "Bytes sent by attention plans", labels), "bytes_sent"),
             (_rank_counter("wait_seconds", "Time blocked on other ranks", labels), "wait_seconds"),

@@ -25,21 +25,21 @@ class Answers:
     def __init__(self, decoder: Decoder, grammars: Grammars) -> None:
         self._decoder, self._grammars = decoder, grammars
         self._is_first = decoder.shard.group_rank == 0
-        self._drawn: dict[int, int] = {}  # by this rank in the last step that it took part in: request id -> token
-        self._drawn_in = 0  # id of that step
+        self._drawn: dict[int, int] = {}
 
-    def drawn_in(self, step_id: int) -> Mapping[int, int]:
-        """Tokens that this rank drew in its last step, if that is the one: request id -> token."""
-        return self._drawn if self._drawn_in == step_id else {}
+    @property
+    def drawn(self) -> Mapping[int, int]:
+        """Tokens that this rank drew in the last step that it took part in: request id -> token."""
+        return self._drawn
 
     def forget(self, request_ids: Iterable[int]) -> None:
         """Requests that ended."""
         self._grammars.forget(request_ids)
 
-    def tokens(self, step_id: int, batch: LocalBatch, hidden: Tensor) -> list[SampledToken]:
+    def tokens(self, batch: LocalBatch, hidden: Tensor) -> list[SampledToken]:
         samples = self._samples(batch.samples, hidden) if batch.samples else []
         pairs = list(zip(batch.samples, samples, strict=True))
-        self._drawn_in, self._drawn = step_id, {row.request_id: drawn.token for row, drawn in pairs}
+        self._drawn = {row.request_id: drawn.token for row, drawn in pairs}
         if not self._is_first:
             return []
         return [SampledToken(row.request_id, drawn.token, drawn.logprob, drawn.top) for row, drawn in pairs]

@@ -159,7 +159,7 @@ class Worker:
     def forward(self, step: Step) -> tuple[LocalBatch, torch.Tensor]:
         """Lay the step out and run the model: this rank's rows and their hidden states [n, hidden]."""
         self._answers.forget(step.release)
-        drawn = self._answers.drawn_in(step.step_id - 1)
+        drawn = self._answers.drawn
         batch = self._builder.build(fill_in(step, {**drawn, **_moved(step.moved, drawn)}))
         if not len(batch.tokens) and all(group.plan == LOCAL for group in step.groups):  # nobody waits for this rank
             return batch, torch.empty(0, self.decoder.config.hidden_size, device=batch.tokens.device)
@@ -169,7 +169,7 @@ class Worker:
     @torch.inference_mode()
     def finish(self, step_id: int, batch: LocalBatch, hidden: torch.Tensor, began: float) -> StepResult:
         """Draw the tokens that the batch asks for, and report."""
-        tokens = self._answers.tokens(step_id, batch, hidden)
+        tokens = self._answers.tokens(batch, hidden)
         counters = [executor.counters for executor in self._executors.values()]
         return StepResult(
             step_id=step_id,

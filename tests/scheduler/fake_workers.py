@@ -10,7 +10,6 @@ time has passed; the tokens that it draws are put into the next one.
 from __future__ import annotations
 
 import zlib
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -79,6 +78,8 @@ class Table:
 
 
 class FakeWorkers:
+    """A rank takes its steps in order, as soon as all that take part in the first of them have done theirs before."""
+
     def __init__(
         self,
         config: BackendConfig,
@@ -96,13 +97,14 @@ class FakeWorkers:
         self._seconds = seconds
         self._memory = np.full((config.sp_size, pages_per_rank, config.page_size), -1)
         self._tables: list[dict[int, Table]] = [{} for _ in range(config.sp_size)]
-        self._results: deque[tuple[float, list[StepResult]]] = deque()  # with the time at which they arrive
-        self._drawn: list[dict[int, int]] = [{} for _ in range(config.sp_size)]  # by each rank in the previous step
+        self._results: list[tuple[float, list[StepResult]]] = []  # with the time at which they arrive, sorted
+        self._free_at = [0.0] * config.sp_size  # when each rank has done all that it has
+        self._drawn: list[dict[int, int]] = [{} for _ in range(config.sp_size)]  # by each rank in its last step
 
     def submit(self, steps: list[Step | None]) -> None:
-        assert len(self._results) < 2, "one step runs, one waits"
         assert len(steps) == self.config.sp_size
         told: dict[int, Step] = {r: decode_command(encode(step)) for r, step in enumerate(steps) if step}  # type: ignore[misc]
+        assert all(len(self._arrivals(rank)) < 2 for rank in told), "one step runs, one waits"
         self.ranks.append(list(told))
         self.steps.append(_joined(told))
         told = self._put_drawn_tokens_in(told)
@@ -122,8 +124,7 @@ class FakeWorkers:
                 self._pool(parts, pooled)
                 self._score(parts, scores)
                 self._count_work(sequence, tokens, pairs)
-        seconds = self._seconds(tokens.max(), pairs.max())
-        begins = max([self.clock.now, *(arrival for arrival, _ in self._results)])
+        seconds = self._run_for(list(told), tokens, pairs)
         ranks = [rank for rank in range(self.config.world_size) if rank % self.config.sp_size in told]
         results = [
             self._result(
@@ -136,25 +137,43 @@ class FakeWorkers:
             )
             for rank in ranks
         ]
-        self._results.append((begins + seconds, results))
+        # told together, and in order: a rank that is done waits for the others, and so do its next results
+        arrivals = [self._free_at[rank] for rank in told] + [a for rank in told for a in self._arrivals(rank)]
+        self._results.append((max(arrivals), results))
+        self._results.sort(key=lambda result: result[0])
 
     def poll(self, timeout: float) -> list[StepResult] | None:
         if not self._results or self._results[0][0] > self.clock.now + timeout:
             self.clock.now += timeout
             return None
-        arrival, results = self._results.popleft()
+        arrival, results = self._results.pop(0)
         self.clock.now = max(self.clock.now, arrival)
         return results
 
+    def _run_for(self, ranks: list[int], tokens: np.ndarray, pairs: np.ndarray) -> float:
+        """Seconds of the slowest. All wait for each other, unless every sequence is some rank's own."""
+        alone = all(group.plan == "local" for group in self.steps[-1].groups)
+        begin = max([self.clock.now, *(self._free_at[rank] for rank in ranks)])
+        longest = self._seconds(tokens.max(), pairs.max())
+        for rank in ranks:
+            seconds = self._seconds(tokens[rank], pairs[rank]) if alone else longest
+            self._free_at[rank] = (max(self.clock.now, self._free_at[rank]) if alone else begin) + seconds
+        return longest
+
+    def _arrivals(self, rank: int) -> list[float]:
+        """Of the results of steps that a rank has not done."""
+        return [arrival for arrival, results in self._results if any(result.rank == rank for result in results)]
+
     def _put_drawn_tokens_in(self, steps: dict[int, Step]) -> dict[int, Step]:
-        """Each rank knows what it has drawn in the step before, and what it is told with `moved`."""
+        """Each rank knows what it has drawn in its last step, and what it is told with `moved`."""
         first = next(iter(steps.values()))
         assert all(step.moved == first.moved for step in steps.values())
         assert not first.moved or len(steps) == self.config.sp_size, "all ranks tell each other what moves"
         moved = {request_id: token for drawn in self._drawn for request_id, token in drawn.items()}
         moved = {request_id: moved[request_id] for request_id in first.moved}
         filled = {rank: fill_in(step, self._drawn[rank] | moved) for rank, step in steps.items()}
-        self._drawn = [{} for _ in self._drawn]
+        for rank in steps:
+            self._drawn[rank] = {}
         return filled
 
     def _run(self, plan: str, parts: dict[int, SequenceStep]) -> list[SampledToken]:

@@ -58,6 +58,8 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if mode == "hangs":
             time.sleep(60)
+        if mode == "slow":
+            time.sleep(0.5)
         tokens = [
             SampledToken(sequence.request_id, 7)
             for group in command.groups

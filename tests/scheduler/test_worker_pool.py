@@ -46,10 +46,20 @@ def test_steps_reach_every_rank_and_results_come_back_by_rank() -> None:
             assert all(r.step_id == step_id for r in results)
         pool.submit([None, Step(3, [])])
         pool.submit([Step(4, []), None])
-        assert [[(r.step_id, r.rank) for r in pool.poll(5.0) or ()] for _ in range(2)] == [
+        assert sorted([(r.step_id, r.rank) for r in pool.poll(5.0) or ()] for _ in range(2)) == [
             [(3, 1), (3, 3)],
             [(4, 0), (4, 2)],
         ]
+
+
+def test_steps_of_a_rank_end_in_order_and_those_of_others_do_not_wait() -> None:
+    with make_pool("slow:1") as pool:
+        pool.start(timeout=20)
+        pool.submit([None, Step(1, [])])
+        pool.submit([Step(2, []), None])
+        pool.submit([Step(3, []), Step(3, [])])
+        pool.submit([Step(4, []), None])
+        assert [results[0].step_id for _ in range(4) if (results := pool.poll(5.0))] == [2, 1, 3, 4]
 
 
 @pytest.mark.parametrize(

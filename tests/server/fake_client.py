@@ -182,6 +182,7 @@ class FakeClient:
             num_pages=100,
             pages_used=3 + rank,
             pages_cached=rank,
+            num_steps=7,
             query_key_pairs=1000,
             bytes_sent=64,
             wait_seconds=0.25,

@@ -78,6 +78,7 @@ def test_metrics() -> None:
         assert found[f"sp:rank_pages_used{{{rank}}}"] == 4
         assert found[f"sp:rank_pages_cached{{{rank}}}"] == 1
         assert found[f"sp:rank_pages_total{{{rank}}}"] == 100
+        assert found[f"sp:rank_num_steps_total{{{rank}}}"] == 7
         assert found[f"sp:rank_query_key_pairs_total{{{rank}}}"] == 1000
         assert found[f"sp:rank_bytes_sent_total{{{rank}}}"] == 64
         assert found[f"sp:rank_wait_seconds_total{{{rank}}}"] == 0.25
