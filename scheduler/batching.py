@@ -153,6 +153,10 @@ class Batcher:
                 return decoded
         return None
 
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._live)
+
     def has_requests_on(self, rank: int) -> bool:
         """Whether the rank takes part in what some request is having computed."""
         live = self.running + self.lanes.prefilling

@@ -121,7 +121,8 @@ class Controller:
     def step(self) -> bool:
         """Completes one step, with those after it sent before; False if there was nothing to do.
 
-        Its outputs may be handed out in the next call, after more steps are sent. A failure ends every request.
+        While requests are left, its outputs are handed out in the next call, after more steps are sent. A failure ends
+        every request.
         """
         with self._failures():
             results = None
@@ -134,6 +135,8 @@ class Controller:
                 results = self._await_results()
             if results is not None:
                 self._complete(results)
+            if not self.batcher.has_requests:
+                self.hand_out()
             return True
         return False
 

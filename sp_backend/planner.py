@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final, Literal
 
 import msgspec
@@ -34,6 +34,7 @@ OFF: Final = Variant("local")
 TIE: Final = 0.02  # a variant is kept for what it gains over the others kept
 HIDDEN: Final = 0.03  # share of a step that communication may cost and be called hidden
 
+_REMEMBERED: Final = 4096  # sizes of prompts
 _APART: Final = 1, 2, 5, 11  # places between points of the table, by time, that two groups of ranks are tried with
 
 
@@ -119,13 +120,15 @@ class Planner:
         if not self.candidates:
             raise ValueError("no candidates: give at least one variant for layout heads")
         self._costs = {v: PlanCost(self._plan(v), self.machine, shape) for v in self.candidates}
+        self._degree_of_pages = lru_cache(_REMEMBERED)(self._decide)
 
     def on(self, machine: Machine) -> Planner:
         """The same candidates on a machine whose first ranks are linked alike, but at other rates."""
         other = copy(self)
         other.machine = machine.first(self.num_ranks)
         other._costs = {v: cost.on(other.machine) for v, cost in self._costs.items()}
-        for made in ("_table", "_dense_pairs", "_known_degrees"):
+        other._degree_of_pages = lru_cache(_REMEMBERED)(other._decide)
+        for made in ("_table", "_dense_pairs"):
             other.__dict__.pop(made, None)
         return other
 
@@ -166,11 +169,10 @@ class Planner:
         )
 
     def degree_for(self, new: int, cached: int) -> int:
-        """How many ranks should share one prompt that is alone; 1: it is best left on one. Mostly known beforehand:
-        the server of a short prompt has little else to do than to decide.
+        """How many ranks should share one prompt that is alone; 1: it is best left on one. Decided once for all prompts
+        of as many pages: the server of a short prompt has little else to do than to decide.
         """
-        i, j = self._table.axes.cell(new, cached)
-        return self._known_degrees[i][j] or self.choose([(new, cached)]).degree
+        return self._degree_of_pages(-(-new // self._page_size), -(-cached // self._page_size))
 
     def step_seconds(self, variant: Variant, batches: Sequence[Batch]) -> Floats:
         """Predicted for each batch, all of as many prompts, under one candidate."""
@@ -215,6 +217,10 @@ class Planner:
         attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim
         return shape.dense_flops / attention * max(rates.kernel.full[-1]) / rates.dense_flops
 
+    def _decide(self, new: int, cached: int) -> int:
+        """The degree of a prompt of so many pages."""
+        return self.choose([(new * self._page_size, cached * self._page_size)]).degree
+
     def _degree(self, variant: Variant) -> int:
         return 1 if variant == OFF else variant.degree or self.num_ranks
 
@@ -222,18 +228,6 @@ class Planner:
         """Of seconds by degree."""
         error, delay = self.machine.error, self._delay
         return min(seconds, key=lambda d: seconds[d] if d == 1 else seconds[d] * (1.0 + error) + delay)
-
-    @cached_property
-    def _known_degrees(self) -> list[list[int]]:
-        """[new][cached]: of all prompts between four points of the table, where those agree; or else 0."""
-        table = self._table
-        seconds = table.seconds()
-        least = [seconds[..., columns].min(-1).ravel().tolist() for columns in table.columns.values()]
-        best = [self._best_degree(dict(zip(table.columns, each, strict=True))) for each in zip(*least, strict=True)]
-        degree = np.array(best).reshape(seconds.shape[:2])
-        corners = np.stack([degree[:-1, :-1], degree[:-1, 1:], degree[1:, :-1], degree[1:, 1:]])
-        found: list[list[int]] = np.where((corners == corners[0]).all(0), corners[0], 0).tolist()
-        return found
 
     def _groups(self, batch: Batch, degrees: Sequence[int]) -> dict[int, list[list[int]]]:
         """The prompts of each group of ranks that has any, by degree."""

@@ -107,7 +107,7 @@ class Table:
         fixed: Sequence[Times],
     ) -> None:
         self.variants, self.columns = list(variants), columns
-        self.axes, self._weights = axes, weights_seconds(shape, rates)
+        self._axes, self._weights = axes, weights_seconds(shape, rates)
         self._parts = np.concatenate(self._tell_apart(shape, rates, times), -1)  # [points, 5 x variants]
         self._fixed = np.concatenate(self._tell_apart(shape, rates, fixed)[:-1], -1)[0]
         self._exposed = [shape.num_layers * t.exposed for t in times]
@@ -125,10 +125,6 @@ class Table:
         own = np.maximum(without - shape.num_layers * exposed, 0.0)
         links = np.minimum(shape.num_layers * transfer, without)
         return [own, links, attention - np.maximum(own, links), attention, dense]
-
-    def seconds(self) -> Floats:
-        """[new, cached, variants] of a step with one prompt, at the points of the axes."""
-        return self._together(self._parts).reshape(len(self.axes.new), len(self.axes.cached), -1)
 
     def steps(self, batch: Batch, groups: Mapping[int, Sequence[Sequence[int]]]) -> Steps:
         """groups: degree -> the prompts that each group of so many ranks shares, the longest first."""
@@ -176,10 +172,10 @@ class Table:
 
     def _place(self, batch: Batch) -> tuple[NDArray[np.intp], Floats]:
         """The four points around each prompt, and their weights; beyond the table it goes on as in its last cell."""
-        cells, weights, (by_new, by_cached) = [], [], (self.axes.new, self.axes.cached)
+        cells, weights, (by_new, by_cached) = [], [], (self._axes.new, self._axes.cached)
         width = len(by_cached)
         for new, cached in batch:
-            i, j = self.axes.cell(new, cached)
+            i, j = self._axes.cell(new, cached)
             x = (new - by_new[i]) / (by_new[i + 1] - by_new[i])
             y = (cached - by_cached[j]) / (by_cached[j + 1] - by_cached[j])
             first = i * width + j

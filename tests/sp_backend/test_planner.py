@@ -114,14 +114,18 @@ def test_few_tokens_stay_on_one_rank_and_many_are_spread_over_all() -> None:
 
 
 @pytest.mark.parametrize(("machine", "shape"), [("nvlink4-4", "llama"), ("loopback-2", "small")])
-def test_the_degree_that_is_known_beforehand_is_the_one_that_would_be_chosen(machine: str, shape: str) -> None:
+def test_the_degree_of_a_prompt_is_that_of_its_pages(machine: str, shape: str) -> None:
+    """Asked again it is known, but not on a machine at other rates."""
     random = Random(5)
     for delay in (0.0, 4e-3):
         chooser = Planner(load_machine(machine), SHAPES[shape], planner(machine).num_ranks, page_size=64, delay=delay)
         prompts = [(int(2 ** random.uniform(0, 17)), int(2 ** random.uniform(-1, 17))) for _ in range(200)]
-        found = [chooser.degree_for(*prompt) for prompt in prompts]
-        assert found == [chooser.choose([prompt]).degree for prompt in prompts]
-        assert len(set(found)) > 1
+        whole = [(-(-new // 64) * 64, -(-cached // 64) * 64) for new, cached in prompts]
+        other = chooser.on(replace(chooser.machine, error=0.9))  # sharing has to pay more there
+        for asked in (chooser, chooser, other):
+            found = [asked.degree_for(*prompt) for prompt in prompts]
+            assert found == [asked.choose([prompt]).degree for prompt in whole]
+            assert len(set(found)) > 1 or asked is other
 
 
 def test_off_wins_unless_sharing_gains_more_than_its_margin() -> None:
