@@ -5,7 +5,7 @@ Ranks that share a vocabulary compute logits together and draw the same: all tak
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,9 +32,11 @@ class Answers:
         """Tokens that this rank drew in the last step that it took part in: request id -> token."""
         return self._drawn
 
-    def forget(self, request_ids: Iterable[int]) -> None:
-        """Requests that ended."""
+    def forget(self, request_ids: Sequence[int]) -> None:
+        """Requests that ended, or that come back later, perhaps on another rank: what it then draws for them counts."""
         self._grammars.forget(request_ids)
+        for request_id in request_ids:
+            self._drawn.pop(request_id, None)
 
     def tokens(self, batch: LocalBatch, hidden: Tensor) -> list[SampledToken]:
         samples = self._samples(batch.samples, hidden) if batch.samples else []

@@ -192,8 +192,11 @@ struct State {
         lse_row(lse.stride(0)),
         lse_head(lse.stride(1)) {
     const bool known = out.scalar_type() == ScalarType::BFloat16 || out.scalar_type() == ScalarType::Float;
-    STD_TORCH_CHECK(known && out.stride(2) == 1, "out: bfloat16 or float32 [rows, heads, dim], contiguous along dim");
-    STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float, "lse: float32 [rows, heads]");
+    STD_TORCH_CHECK(known && out.dim() == 3 && out.stride(2) == 1,
+                    "out: bfloat16 or float32 [rows, heads, dim], contiguous along dim");
+    STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.dim() == 2 && lse.size(0) == out.size(0) &&
+                        lse.size(1) == out.size(1),
+                    "lse: float32 [rows, heads], with out's");
   }
 
   float& lse(int64_t r, int64_t h) const { return lse_data[r * lse_row + h * lse_head]; }
@@ -224,6 +227,9 @@ struct State {
 // Two states over disjoint keys to a third, which may be one of them.
 void merge_states(Tensor out, Tensor lse, Tensor other_out, Tensor other_lse, Tensor to_out, Tensor to_lse) {
   const int64_t rows = out.size(0), heads = out.size(1), dim = out.size(2);
+  for (const Tensor& each : {other_out, to_out})
+    STD_TORCH_CHECK(each.dim() == 3 && each.size(0) == rows && each.size(1) == heads && each.size(2) == dim,
+                    "states that are merged have equal rows, heads and dim");
   const State mine(out, lse), theirs(other_out, other_lse), target(to_out, to_lse);
   for_rows(rows, heads * dim, [&](int64_t begin, int64_t end) {
     std::vector<float> buffers(3 * dim);

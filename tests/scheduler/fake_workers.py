@@ -107,10 +107,11 @@ class FakeWorkers:
         assert all(len(self._arrivals(rank)) < 2 for rank in told), "one step runs, one waits"
         self.ranks.append(list(told))
         self.steps.append(_joined(told))
-        told = self._put_drawn_tokens_in(told)
         for rank, step in told.items():
             for request_id in step.release:
                 del self._tables[rank][request_id]
+                self._drawn[rank].pop(request_id, None)
+        told = self._put_drawn_tokens_in(told)
         sampled: list[SampledToken] = []
         pooled: list[list[PooledStates]] = [[] for _ in steps]
         scores: list[list[Scores]] = [[] for _ in steps]
@@ -169,8 +170,9 @@ class FakeWorkers:
         first = next(iter(steps.values()))
         assert all(step.moved == first.moved for step in steps.values())
         assert not first.moved or len(steps) == self.config.sp_size, "all ranks tell each other what moves"
-        moved = {request_id: token for drawn in self._drawn for request_id, token in drawn.items()}
-        moved = {request_id: moved[request_id] for request_id in first.moved}
+        moved: dict[int, int] = {}
+        for request_id in first.moved:
+            (moved[request_id],) = (drawn[request_id] for drawn in self._drawn if request_id in drawn)
         filled = {rank: fill_in(step, self._drawn[rank] | moved) for rank, step in steps.items()}
         for rank in steps:
             self._drawn[rank] = {}

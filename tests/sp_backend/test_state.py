@@ -125,3 +125,9 @@ def test_any_side_may_be_in_lower_precision(dtypes: tuple[torch.dtype, torch.dty
     a, b = (AttentionState(torch.randn(5, HEADS, DIM).to(dtype), torch.randn(5, HEADS)) for dtype in dtypes)
     want = AttentionState(a.out.float(), a.lse).merge(AttentionState(b.out.float(), b.lse))
     assert a.merge(b).out.equal(want.out.bfloat16())
+
+
+def test_states_of_other_sizes_are_refused() -> None:
+    a, b = AttentionState.empty(3, 2, 8), AttentionState.empty(4, 2, 8)
+    with pytest.raises(RuntimeError):
+        a.merge(b)
