@@ -15,9 +15,9 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import matplotlib
@@ -61,6 +61,7 @@ SETUPS: dict[str, dict[str, tuple[str, ...]]] = {  # --compare: label -> flags; 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 QUICK_LENGTHS = (512, 2048)
 Times = dict[int, dict[str, list[float]]]  # prompt tokens -> label -> seconds
+Label = TypeVar("Label", bound=Hashable)
 Rates = dict[int, list[float]]  # prompt tokens -> FLOP/s of a core's bf16 matrix product, ahead of each round
 
 
@@ -108,15 +109,15 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def measure(
-    servers: Mapping[str, LaunchedServer | Peer],
+    servers: Mapping[Label, LaunchedServer | Peer],
     lengths: Sequence[int],
     repeats: int,
     long: int,
     before: Callable[[int], None] = lambda length: None,
-) -> Times:
+) -> dict[int, dict[Label, list[float]]]:
     """before: called with the length ahead of each round's prompts."""
     rounds = [(i, n) for i in range(repeats) for n in lengths if i == 0 or n <= long]
-    times: Times = {n: {label: [] for label in servers} for n in lengths}
+    times: dict[int, dict[Label, list[float]]] = {n: {label: [] for label in servers} for n in lengths}
     for i, length in tqdm(rounds, desc="Prompts", unit="length"):
         before(length)
         labels = list(servers)

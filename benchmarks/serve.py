@@ -1,9 +1,11 @@
 """`python -m benchmarks.serve`: what sequence parallelism and the server itself cost, over HTTP.
 
 Time to first token of one prompt on an idle server: sp 2 with strategy auto against the same ranks with sharing off,
-and against one rank with one thread and with two. Then what a step consists of while 64 requests run and while a long
-prompt is prefilled: how long workers wait for their next one, and whose processor time it takes. With as many ranks as
-cores, server and client run on the workers' cores: a rank then also waits because another rank had to share its core.
+and against one rank with one thread and with two. Two servers that were started alike differ by some percent for as
+long as they run, so short prompts want several of each (`--twins`). Then what a step consists of while 64 requests run
+and while a long prompt is prefilled: how long workers wait for their next one, and whose processor time it takes. With
+as many ranks as cores, server and client run on the workers' cores: a rank then also waits because another rank had to
+share its core.
 (Time between tokens against the bare model loop: benchmarks.decode.)
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, default=5, help=f"rounds over lengths from {SHORT} tokens (default: 5)")
     parser.add_argument("--short-repeats", type=int, default=21, help="rounds over shorter ones (default: 21)")
+    parser.add_argument("--twins", type=int, default=1, help="servers of each setup, whose times are put together")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--prefill-tokens", type=int, default=32768, help="of the prompt whose steps are looked at")
     parser.add_argument("--quick", action="store_true", help="few lengths, up to 4096 tokens")
@@ -55,13 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.lengths, args.repeats, args.short_repeats, args.prefill_tokens = (16, 256, 1024, 4096), 2, 3, 16384
     short, long = ([n for n in args.lengths if (n < SHORT) == wanted] for wanted in (True, False))
     with contextlib.ExitStack() as stack:
-        servers = {
-            label: stack.enter_context(LaunchedServer(*SETUPS[label], *args.server_args))
+        twins = {
+            (label, i): stack.enter_context(LaunchedServer(*SETUPS[label], *args.server_args))
+            for i in range(args.twins)
             for label in (SETUPS if args.lengths else (AUTO, ONE))
         }
         times: Times = {}
         for lengths, repeats, longest in (short, args.short_repeats, SHORT), (long, args.repeats, 32768):
-            times |= measure(servers, lengths, repeats, longest) if lengths else {}
+            times |= put_together(measure(twins, lengths, repeats, longest)) if lengths else {}
+        servers = {label: server for (label, i), server in twins.items() if i == 0}
         steps = measure_steps(servers, args.streams, args.prefill_tokens)
         rate = one_token_requests(servers[AUTO])
     if times:
@@ -74,6 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot and times:
         plot(args.plot, times)
     return 0
+
+
+def put_together(times: dict[int, dict[tuple[str, int], list[float]]]) -> Times:
+    """The times of servers that were started alike."""
+    found: Times = {length: defaultdict(list) for length in times}
+    for length, row in times.items():
+        for (label, _), seconds in row.items():
+            found[length][label] += seconds
+    return found
 
 
 def measure_steps(servers: dict[str, LaunchedServer], num_streams: int, prefill_tokens: int) -> dict[str, Any]:
