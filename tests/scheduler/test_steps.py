@@ -53,5 +53,6 @@ def test_idle_time_is_counted_between_steps_in_a_row_of_the_same_rank() -> None:
     harness.submit("on 0 again", [3] * 10, 3)
     harness.run()
     assert [len([ranks for ranks in harness.workers.ranks if r in ranks]) for r in range(2)] == [6, 10]
+    assert [rank.num_steps for rank in harness.controller.stats().per_rank] == [6, 10]
     in_a_row = 2 + 2, 9  # rank 0 had no request between the two
     assert [rank.idle_seconds for rank in harness.controller.stats().per_rank] == [n * 0.5 for n in in_a_row]
