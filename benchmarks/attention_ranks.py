@@ -1,10 +1,13 @@
 """What sharing attention over the ranks of one host costs; a part of benchmarks.attention.
 
 One layer's attention of one causal prompt as the server runs it: keys into the pages, the plan, the output in the
-model's dtype. One rank with one thread, then P ranks with one thread each, in turns. Efficiency is the seconds of the
-one over P times those of the slowest of the others. By CPU time, which other work on the machine hardly disturbs, it is
+model's dtype. One rank with one thread, then P ranks with one thread each, in turns. Each of the ranks is the one, in
+turn, since cores that other guests of a host use too differ in speed: the one's seconds are their mean. Efficiency is
+that over P times the seconds of the slowest of P. By CPU time, which other work on the machine hardly disturbs, it is
 the one's over the sum of the others', and says nothing of waiting. What the cores take from each other (memory, caches,
 clock) shows when each rank attends a whole prompt of its own: `independent` is as much as sharing can reach.
+
+Ranks start at one moment, awake: woken out of a barrier, two of them may share a core for milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +43,7 @@ from sp_backend.transport.shared_memory import shared_memory
 
 DTYPE = torch.bfloat16
 PAGE_SIZE = 64
+AWAKE_SECONDS = 0.02  # before a run
 
 
 class Shape(NamedTuple):
@@ -166,13 +170,15 @@ def _rank(rank: int, job: Job) -> None:
     for shape in job.shapes:
         for tokens in job.lengths:
             one_rank = layer_of(job.strategies[0], alone, job.kernel, shape, tokens)
-            runs: dict[str, Callable[[], object]] = {"one": one_rank if rank == 0 else lambda: None, "each": one_rank}
+            runs: dict[str, Callable[[], object]] = {"each": one_rank}
+            for lone in range(job.num_ranks):
+                runs[f"rank {lone}"] = one_rank if rank == lone else lambda: None
             shared = [(strategy, transport) for strategy in job.strategies for transport in transports]
             for strategy, transport in shared:
                 layer = layer_of(strategy, transport, job.kernel, shape, tokens, job.overlap)
                 runs[f"{strategy} over {transport.name}"] = layer
             times = rank_medians(runs, job.turns)
-            one, one_cpu = times["one"]
+            one, one_cpu = (fmean(of) for of in zip(*(times[f"rank {r}"] for r in range(job.num_ranks)), strict=True))
             independent = round(one / times["each"][0], 4)
             for strategy, transport in shared:
                 seconds, cpu = times[f"{strategy} over {transport.name}"]
@@ -188,7 +194,7 @@ def rank_medians(runs: Mapping[str, Callable[[], object]], turns: int) -> dict[s
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(turns + 1):
         for name, run in runs.items():
-            dist.barrier()
+            _wait_together()
             began, cpu = time.perf_counter(), time.process_time()
             run()
             mine = torch.tensor([time.perf_counter() - began, time.process_time() - cpu], dtype=torch.float64)
@@ -198,3 +204,11 @@ def rank_medians(runs: Mapping[str, Callable[[], object]], turns: int) -> dict[s
             if turn:
                 times[name].append((float(slowest[0]), float(total[1])))
     return {n: (median(wall for wall, _ in each), median(cpu for _, cpu in each)) for n, each in times.items()}
+
+
+def _wait_together() -> None:
+    """Until a moment that rank 0 names, without sleeping."""
+    moment = torch.tensor([time.monotonic() + AWAKE_SECONDS], dtype=torch.float64)
+    dist.broadcast(moment, 0)
+    while time.monotonic() < float(moment[0]):
+        pass

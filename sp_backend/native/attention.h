@@ -115,6 +115,13 @@ struct Problem {
   }
 };
 
+// Asks for the lines of a row that is soon read, or written. Asked for a row at a time, beside other work: a CPU drops
+// what is asked while many lines are under way.
+template <bool Write = false>
+[[gnu::always_inline]] inline void ask(const void* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at, Write, 2);
+}
+
 template <class T>
 constexpr int64_t words(int64_t dim) {
   return dim * static_cast<int64_t>(sizeof(T)) / 4;
@@ -149,6 +156,7 @@ template <class T>
 void pack_keys(const char* const* rows, int64_t keys, int64_t ld, int64_t dim, T* target) {
   auto* to = reinterpret_cast<int32_t*>(target);
   for (int64_t n = 0; n < keys; n += 16) {
+    for (int64_t i = n + 16; i < std::min(n + 32, keys); i++) ask(rows[i], words<T>(dim) * 4);
     for (int64_t w = 0; w < words<T>(dim); w += 16) {
       const int64_t count = std::min<int64_t>(16, words<T>(dim) - w);
       const auto mask = static_cast<__mmask16>((1u << count) - 1);

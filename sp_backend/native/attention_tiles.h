@@ -23,6 +23,7 @@ void pack_values(const char* const* rows, int64_t offset, int64_t keys, int64_t 
 
 void pack_values(const char* const* rows, int64_t offset, int64_t keys, int64_t dim, BFloat16* target) {
   for (int64_t n = 0; n < keys; n += 2, target += 2 * dim) {
+    for (int64_t i = n + 16; i < std::min(n + 18, keys); i++) ask(rows[i] + offset, 2 * dim);
     for (int64_t d = 0; d < dim; d += 32) {
       const int64_t count = std::min<int64_t>(32, dim - d);
       const auto mask = static_cast<__mmask32>((uint64_t{1} << count) - 1);
@@ -125,10 +126,39 @@ struct Tile {
   }
 };
 
-// Attends a tile to keys [lo, hi) of a block with packed k, v; `first`: nothing is in out yet.
+struct Task {  // queries [q_lo, q_hi) of a span, keys [keys.lo, keys.hi)
+  const Span* span;
+  Heads heads;
+  int64_t q_lo, q_hi;
+  Range keys;
+  int64_t packed;  // where they lie in the packed keys, in elements; < 0: packed as it goes
+  bool merge;
+
+  // What a row of its tile is about.
+  template <class U>
+  U* of(const Strided& x, int64_t row) const {
+    return x.at<U>(span->q_lo + q_lo + row / heads.group, heads.q + row % heads.group);
+  }
+
+  int64_t rows() const { return (q_hi - q_lo) * heads.group; }
+
+  template <class T>
+  void ask_start(const Problem& p, int64_t row) const {
+    ask(of<T>(p.q, row), p.dim * sizeof(T));
+    if (merge) ask_end(p, row);
+  }
+
+  void ask_end(const Problem& p, int64_t row) const {
+    ask<true>(of<float>(p.out, row), p.dim * sizeof(float));
+    ask<true>(of<float>(p.lse, row), sizeof(float));
+  }
+};
+
+// Attends a tile to keys [lo, hi) of a block with packed k, v; `first`: nothing is in out yet. With a task's last
+// block: the task that ends with it, and the one that follows it, if any; what they need of memory is asked for meanwhile.
 template <class T>
 void attend_block(const Problem& p, Tile<T>& t, int64_t group, int64_t at, Range block, int64_t ld, const T* k,
-                  const T* v, bool first) {
+                  const T* v, bool first, const Task* ends, const Task* follows) {
   constexpr bool vnni = sizeof(T) == 2;
   const int64_t n = round_up(block.hi - block.lo, kStep), start = block.lo - at;  // columns of the packed block
   at::native::cpublas::brgemm(
@@ -137,6 +167,8 @@ void attend_block(const Problem& p, Tile<T>& t, int64_t group, int64_t at, Range
     const Range seen{std::max(t.seen[i / group].lo, block.lo) - block.lo,
                      std::min(t.seen[i / group].hi, block.hi) - block.lo};
     T* probabilities = t.p + i * ld;
+    if (ends) ends->ask_end(p, i);
+    if (follows && i < follows->rows()) follows->template ask_start<T>(p, i);
     if (seen.hi <= seen.lo) {
       std::fill_n(reinterpret_cast<char*>(probabilities), n * sizeof(T), 0);
       continue;
@@ -151,21 +183,6 @@ void attend_block(const Problem& p, Tile<T>& t, int64_t group, int64_t at, Range
   at::native::cpublas::brgemm(t.padded, p.dim, n, ld, p.dim, p.dim, !first, t.p, v + start * p.dim, t.out, vnni);
 }
 
-struct Task {  // queries [q_lo, q_hi) of a span, keys [keys.lo, keys.hi)
-  const Span* span;
-  Heads heads;
-  int64_t q_lo, q_hi;
-  Range keys;
-  int64_t packed;  // where they lie in the packed keys, in elements; < 0: packed as it goes
-  bool merge;
-
-  // What a row of its tile is about.
-  template <class U>
-  U* of(const Strided& x, int64_t row) const {
-    return x.at<U>(span->q_lo + q_lo + row / heads.group, heads.q + row % heads.group);
-  }
-};
-
 // Merging is going on from the result that is there: as if its keys had been seen in this tile, each row's sum of
 // exponentials being 1 at its lse.
 template <class T>
@@ -178,8 +195,9 @@ void resume(const Problem& p, const Task& task, Tile<T>& t) {
   }
 }
 
+// next: the task that this thread does next, as far as one can tell, or null.
 template <class T>
-void attend(const Problem& p, const Task& task, const T* packed_k, const T* packed_v) {
+void attend(const Problem& p, const Task& task, const Task* next, const T* packed_k, const T* packed_v) {
   const Span& s = *task.span;
   const int64_t group = task.heads.group, queries = task.q_hi - task.q_lo, dim = p.dim;
   const bool packs = task.packed < 0;
@@ -200,7 +218,9 @@ void attend(const Problem& p, const Task& task, const T* packed_k, const T* pack
     const Range block{std::max(at, at + (all.lo - at) / kStep * kStep), std::min(at + ld, all.hi)};
     if (packs) pack<T>(p, s, task.heads.k, at, block.hi - at, ld, t.k, t.v);
     const int64_t offset = task.packed + (at - base) * dim;
-    attend_block<T>(p, t, group, at, block, ld, packs ? t.k : packed_k + offset, packs ? t.v : packed_v + offset, first);
+    const bool last = at + ld >= all.hi;
+    attend_block<T>(p, t, group, at, block, ld, packs ? t.k : packed_k + offset, packs ? t.v : packed_v + offset, first,
+                    last ? &task : nullptr, last ? next : nullptr);
   }
   if (first) std::fill(t.out, t.out + t.rows * dim, 0.0f);
   for (int64_t i = 0; i < t.rows; i++) {
@@ -216,7 +236,9 @@ void attend(const Problem& p, const Task& task, const T* packed_k, const T* pack
 template <class T>
 void attend_tasks(const Problem& p, const std::vector<Task>& tasks, const T* packed_k, const T* packed_v) {
   const auto leave = [] { at::native::cpublas::brgemm_release(sizeof(T) == 2); };
-  parallel(tasks.size(), [&](int64_t i) { attend<T>(p, tasks[i], packed_k, packed_v); }, leave);
+  const int64_t count = tasks.size(), threads = torch::stable::get_num_threads();
+  const auto follows = [&](int64_t i) { return i + threads < count ? &tasks[i + threads] : nullptr; };
+  parallel(count, [&](int64_t i) { attend<T>(p, tasks[i], follows(i), packed_k, packed_v); }, leave);
 }
 
 // Cuts a task into tiles; under a causal mask, the longest first.
@@ -254,6 +276,8 @@ void attend_packed(const Problem& p, const std::vector<Unit>& units) {
   std::vector<Task> packs, tiles;
   int64_t used = 0;
   auto flush = [&] {
+    const auto earlier = [](const Task& a, const Task& b) { return a.keys.lo < b.keys.lo; };
+    std::stable_sort(packs.begin(), packs.end(), earlier);  // a key's heads lie together in memory
     T *k = keys.take<T>(used * p.dim), *v = values.take<T>(used * p.dim);
     parallel(packs.size(), [&](int64_t i) {
       const Task& x = packs[i];
