@@ -5,7 +5,7 @@ model's dtype. One rank with one thread, then P ranks with one thread each, in t
 turn, since cores that other guests of a host use too differ in speed: the one's seconds are their mean. Efficiency is
 that over P times the seconds of the slowest of P. By CPU time, which other work on the machine hardly disturbs, it is
 the one's over the sum of the others', and says nothing of waiting. What the cores take from each other (memory, caches,
-clock) shows when each rank attends a whole prompt of its own: `independent` is as much as sharing can reach.
+clock) shows when each rank attends a whole prompt of its own: `independent`, which is as uncertain as the others.
 
 Ranks start at one moment, awake: woken out of a barrier, two of them may share a core for milliseconds.
 """
