@@ -63,8 +63,14 @@ def server(model: Path) -> Iterator[LaunchedServer]:
         yield launched
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty at first; servers measure the machine once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if not c.startswith((*NOT_RUN, "torchrun"))])
-def test_command(command: str, model: Path, server: LaunchedServer, tmp_path: Path) -> None:
+def test_command(command: str, model: Path, server: LaunchedServer, cache: Path, tmp_path: Path) -> None:
     words = shlex.split(command)
     if words[:3] != ["python", "-m", "sp_backend.explain"]:  # which takes as long for any number of tokens
         words = [SMALLER.get(word, word) for word in words]
@@ -83,22 +89,22 @@ def test_command(command: str, model: Path, server: LaunchedServer, tmp_path: Pa
         words += QUICKER.get(words[2], "").split()
         if words[2].startswith("benchmarks.") and words[2] not in WITHOUT_SERVER:
             words += ["--", "--model-path", str(model), "--max-total-tokens", "8192"]
-        _run([sys.executable, *words[1:]], tmp_path)
+        _run([sys.executable, *words[1:]], tmp_path, cache)
         outputs = [words[i + 1] for i, word in enumerate(words) if word in ("--json", "--plot", "--timeline")]
         assert all((tmp_path / name).stat().st_size for name in outputs)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("torchrun")])
-def test_torchrun_command(command: str, tmp_path: Path) -> None:
+def test_torchrun_command(command: str, cache: Path, tmp_path: Path) -> None:
     words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)]
-    printed = _run([sys.executable, "-m", "torch.distributed.run", *words[1:]], tmp_path)
+    printed = _run([sys.executable, "-m", "torch.distributed.run", *words[1:]], tmp_path, cache)
     error = re.search(r"^max error against full attention: (.*)$", printed, re.MULTILINE)
     assert error and float(error[1]) < 1e-5
 
 
-def _run(words: list[str], folder: Path) -> str:
+def _run(words: list[str], folder: Path, cache: Path) -> str:
     """What the program prints."""
-    env = {"PYTHONPATH": str(ROOT), "PATH": "", "XDG_CACHE_HOME": str(folder)}
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "XDG_CACHE_HOME": str(cache)}
     if words[2] in COMPILED:
         env = os.environ | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
