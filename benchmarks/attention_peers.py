@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks import peers
-from benchmarks.attention_ranks import Shape, layer_of, rank_medians
+from benchmarks.attention_ranks import Shape, layer_of
+from benchmarks.turns import rank_medians
 from sp_backend.kernels import HeadMap, Span, Work, get_kernel
 from sp_backend.native import choose_kernel
 from sp_backend.transport.gloo import GlooTransport
@@ -151,7 +152,7 @@ def _rank(rank: int, job: Job) -> None:
     errors = torch.tensor([error(shape, outputs[n], positions(n, rank, job.tokens), q, kv) for n in runs])
     dist.all_reduce(errors, dist.ReduceOp.MAX)
     if rank == 0:
-        seconds = {name: wall for name, (wall, _) in times.items()}
+        seconds = {name: each.wall for name, each in times.items()}
         found = {"seconds": seconds, "error": dict(zip(runs, errors.tolist(), strict=True))}
         (Path(job.folder) / "results").write_text(json.dumps(found))
 

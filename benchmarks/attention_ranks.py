@@ -5,22 +5,20 @@ model's dtype. One rank with one thread, then P ranks with one thread each, in t
 turn, since cores that other guests of a host use too differ in speed: the one's seconds are their mean. Efficiency is
 that over P times the seconds of the slowest of P. By CPU time, which other work on the machine hardly disturbs, it is
 the one's over the sum of the others', and says nothing of waiting. What the cores take from each other (memory, caches,
-clock) shows when each rank attends a whole prompt of its own: `independent`, which is as uncertain as the others.
-
-Ranks start at one moment, awake: woken out of a barrier, two of them may share a core for milliseconds.
+clock) shows when each rank attends a whole prompt of its own: `independent`, which is as uncertain as the others. How
+quiet the host was is `pace` (benchmarks/turns.py).
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.turns import rank_medians
 from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry
 from sp_backend.kernels import get_kernel
@@ -43,7 +42,6 @@ from sp_backend.transport.shared_memory import shared_memory
 
 DTYPE = torch.bfloat16
 PAGE_SIZE = 64
-AWAKE_SECONDS = 0.02  # before a run
 
 
 class Shape(NamedTuple):
@@ -77,7 +75,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Medians over the turns, in seconds: of the slowest rank, and of CPU time summed over ranks."""
+    """Medians over the turns, in seconds: of the slowest rank, and of CPU time summed over ranks.
+
+    pace: the highest that counts, here or of the one.
+    """
 
     strategy: str
     transport: str
@@ -90,6 +91,7 @@ class Result:
     efficiency: float
     efficiency_by_cpu_time: float
     independent: float
+    pace: float
 
 
 def measure(
@@ -178,37 +180,14 @@ def _rank(rank: int, job: Job) -> None:
                 layer = layer_of(strategy, transport, job.kernel, shape, tokens, job.overlap)
                 runs[f"{strategy} over {transport.name}"] = layer
             times = rank_medians(runs, job.turns)
-            one, one_cpu = (fmean(of) for of in zip(*(times[f"rank {r}"] for r in range(job.num_ranks)), strict=True))
-            independent = round(one / times["each"][0], 4)
+            ones = [times[f"rank {r}"] for r in range(job.num_ranks)]
+            one, one_cpu = fmean(each.wall for each in ones), fmean(each.cpu for each in ones)
+            independent = round(one / times["each"].wall, 4)
             for strategy, transport in shared:
-                seconds, cpu = times[f"{strategy} over {transport.name}"]
+                seconds, cpu, pace = times[f"{strategy} over {transport.name}"]
                 by_time, by_cpu = round(one / job.num_ranks / seconds, 4), round(one_cpu / cpu, 4)
-                taken = one, seconds, one_cpu, cpu, by_time, by_cpu, independent
+                pace = max(pace, *(each.pace for each in ones))
+                taken = one, seconds, one_cpu, cpu, by_time, by_cpu, independent, pace
                 results.append(Result(strategy, transport.name, shape, tokens, *taken))
     if rank == 0:
         (Path(job.folder) / "results").write_text(json.dumps([asdict(each) for each in results]))
-
-
-def rank_medians(runs: Mapping[str, Callable[[], object]], turns: int) -> dict[str, tuple[float, float]]:
-    """Medians: seconds of the slowest rank, CPU seconds of all. The first turn does not count."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for turn in range(turns + 1):
-        for name, run in runs.items():
-            _wait_together()
-            began, cpu = time.perf_counter(), time.process_time()
-            run()
-            mine = torch.tensor([time.perf_counter() - began, time.process_time() - cpu], dtype=torch.float64)
-            slowest, total = mine.clone(), mine.clone()
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            dist.all_reduce(total)
-            if turn:
-                times[name].append((float(slowest[0]), float(total[1])))
-    return {n: (median(wall for wall, _ in each), median(cpu for _, cpu in each)) for n, each in times.items()}
-
-
-def _wait_together() -> None:
-    """Until a moment that rank 0 names, without sleeping."""
-    moment = torch.tensor([time.monotonic() + AWAKE_SECONDS], dtype=torch.float64)
-    dist.broadcast(moment, 0)
-    while time.monotonic() < float(moment[0]):
-        pass

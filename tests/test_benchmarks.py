@@ -18,6 +18,7 @@ from benchmarks.attention_ranks import Shape
 from benchmarks.command import without_folders
 from benchmarks.prefill_peers import Peer, check_same_model
 from benchmarks.streams import read_streams
+from benchmarks.turns import Run, medians
 
 SHAPE = Shape(4, 2, 16)
 TOKENS = 128
@@ -88,3 +89,9 @@ def test_tokens_are_counted_however_the_stream_is_cut(size: int) -> None:
 def test_a_stream_that_fails_or_breaks_off_is_no_measurement(rest: bytes) -> None:
     with pytest.raises(RuntimeError, match=r'the server ended a stream: .*"a"'):
         read_streams(answer([b'data: {"a"}\n\n', rest]), [[1, 2]], 3)
+
+
+def test_turns_in_which_the_cores_were_slow_do_not_count() -> None:
+    slow, quick = Run(wall=3.0, cpu=5.0, pace=1.2), Run(wall=1.0, cpu=2.0, pace=1.01)
+    assert medians([slow, quick, slow, quick, slow], 2, fastest=1.0) == (1.0, 2.0, 1.01)
+    assert medians([slow, quick, slow], 3, fastest=1.0) == (3.0, 5.0, 1.2)
