@@ -3,8 +3,8 @@
 --simulated: on presets of machines that are not here, judged by the simulator on machines whose links and rates are
 off by up to 30 % from what the planner was told; with and without trial steps, simulated there and off by 3 % of noise,
 none of which is a batch that is judged. --measured: on ranks of this machine, of one thread each and connected as a
-server's are, with the machine measured at start; candidates take turns, so that a busy moment hits all of them. Both
-give the time of a decision.
+server's are, with the machine measured at start; candidates take turns, and count where the cores are quiet
+(benchmarks/turns.py). Both give the time of a decision.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=4.0, help="of --measured: quick candidates take more turns until these passed"
     )
     parser.add_argument(
-        "--limit", type=float, default=420.0, help="of --measured: seconds after which no other batch is begun"
+        "--limit", type=float, default=900.0, help="of --measured: seconds after which no other batch is begun"
     )
     parser.add_argument("--quick", action="store_true", help="12 cases, or one length: under a minute")
     args = parser.parse_args(argv)

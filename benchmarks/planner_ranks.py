@@ -24,6 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from benchmarks.regret import Result, result
+from benchmarks.turns import rank_medians
 from sp_backend.calibrate import REPEATS, Correction, choose_trials, correct
 from sp_backend.execute import Executor
 from sp_backend.geometry import Geometry
@@ -40,9 +41,6 @@ from sp_backend.transport.shared_memory import shared_memory
 
 DTYPE = torch.bfloat16
 HIDDEN = 256  # of the dense products: their sizes, not their number, are those of a small model
-LONG_SECONDS = 0.5  # a candidate that takes this long is not run more often than FEWEST
-FEWEST = 3
-MOST = 100  # turns
 LONGEST_TRIAL = 32768  # tokens
 
 
@@ -90,7 +88,8 @@ def _rank(rank: int, job: Job) -> None:
     told = Planner(machine, job.shape, job.num_ranks, page_size=job.page_size)
     correction = _corrected(told, kernel, transport)
     corrected = told.on(correction.machine)
-    about = {"machine": msgspec.to_builtins(machine), "correction": str(correction), "torch": str(torch.__version__)}
+    about: dict[str, Any] = {"machine": msgspec.to_builtins(machine), "correction": str(correction)}
+    about |= {"torch": str(torch.__version__), "highest_pace": 1.0}
     results: tuple[list[Result], list[Result]] = ([], [])
     since = time.perf_counter()
     for batch in tqdm(job.batches, desc="Batches", unit="batch", disable=rank > 0):
@@ -98,8 +97,9 @@ def _rank(rank: int, job: Job) -> None:
             str(c.variant): _layer(c.plan, c.geometry, job.shape, kernel, transport)
             for c in told.rank_candidates(batch)
         }
-        layer = _medians(runs, job)
-        seconds = {name: job.shape.num_layers * s for name, s in layer.items()}
+        layer = rank_medians(runs, job.repeats, job.seconds)
+        seconds = {name: job.shape.num_layers * each.wall for name, each in layer.items()}
+        about["highest_pace"] = max(about["highest_pace"], *(each.pace for each in layer.values()))
         for planner, found in zip((told, corrected), results, strict=True):
             choice = planner.choose(batch)
             named = f"{job.num_ranks} ranks, {transport.name}", "bfloat16", batch, str(choice.variant), choice.seconds
@@ -157,22 +157,3 @@ def _layer(
         executor.run(schedule, q, kv)
 
     return run
-
-
-def _medians(runs: dict[str, Callable[[], object]], job: Job) -> dict[str, float]:
-    """Seconds of the slowest rank, the median of several turns; the first turn does not count."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    turn, turns = 0, job.repeats
-    while turn <= turns:
-        total = 0.0
-        for name, run in runs.items():
-            if len(times[name]) >= FEWEST and times[name][0] > LONG_SECONDS:
-                continue
-            took = _timed(run)
-            total += took
-            if turn or took > LONG_SECONDS:
-                times[name].append(took)
-        if turn == 0:
-            turns = max(job.repeats, min(MOST, round(job.seconds / total)))
-        turn += 1
-    return {name: statistics.median(each) for name, each in times.items()}

@@ -18,7 +18,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from benchmarks.command import parser_of, write_results
 from benchmarks.launched import LaunchedServer
@@ -35,6 +37,16 @@ SETUPS: dict[str, tuple[str, ...]] = {
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 SHORT = 512  # tokens: below, one thread is the rival; from here on, two threads are
 TARGETS = {OFF: 1.02, ONE: 1.02, TWO: 1.05}
+DRAWS = 1000
+
+
+class Ratio(NamedTuple):
+    value: float
+    low: float  # with high: what 95 % of repetitions of the measurement would give
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.2f} to {self.high:.2f})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,8 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for what, each in steps.items():
         print(f"{what}: {each}")
     print(f"{ONE_TOKEN_REQUESTS} requests of 1 token in and 1 out at once, {AUTO}: {rate:.0f} a second")
-    found = {"ttft_seconds": times, "ratios_of_auto": ratios(times), "one_token_requests_per_second": rate}
-    write_results(args.json, found | {"steps": {what: asdict(each) for what, each in steps.items()}})
+    write_results(
+        args.json,
+        {
+            "ttft_seconds": times,
+            "ratios_of_auto": {n: {label: r._asdict() for label, r in row.items()} for n, row in ratios(times).items()},
+            "one_token_requests_per_second": rate,
+            "steps": {what: asdict(each) for what, each in steps.items()},
+        },
+    )
     if args.plot and times:
         plot(args.plot, times)
     return 0
@@ -105,10 +124,20 @@ def rivals(length: int) -> tuple[str, ...]:
     return (OFF, ONE) if length < SHORT else (OFF, TWO)
 
 
-def ratios(times: Times) -> dict[int, dict[str, float]]:
-    """Of auto's median to that of each setup which it must not be slower than."""
-    medians = {length: {label: statistics.median(row[label]) for label in row} for length, row in times.items()}
-    return {length: {label: row[AUTO] / row[label] for label in rivals(length)} for length, row in medians.items()}
+def ratios(times: Times) -> dict[int, dict[str, Ratio]]:
+    """Of auto to each setup which it must not be slower than."""
+    return {
+        length: {label: ratio_of_medians(row[AUTO], row[label]) for label in rivals(length)}
+        for length, row in times.items()
+    }
+
+
+def ratio_of_medians(mine: Sequence[float], other: Sequence[float]) -> Ratio:
+    """Its interval by the bootstrap: medians of as many times, drawn from those that were taken."""
+    random = np.random.default_rng(0)
+    drawn = [np.median(random.choice(times, (DRAWS, len(times))), axis=1) for times in (mine, other)]
+    low, high = np.percentile(drawn[0] / drawn[1], [2.5, 97.5])
+    return Ratio(statistics.median(mine) / statistics.median(other), float(low), float(high))
 
 
 def report(times: Times) -> None:
@@ -117,7 +146,7 @@ def report(times: Times) -> None:
     for length, row in times.items():
         cells = "".join(f"{1000 * statistics.median(row[label]):>15.1f} ms" for label in SETUPS)
         marks = ", ".join(
-            f"{label} x {ratio:.3f}{'' if ratio <= TARGETS[label] else f' (target {TARGETS[label]})'}"
+            f"{label} x {ratio}{'' if ratio.value <= TARGETS[label] else f' (target {TARGETS[label]})'}"
             for label, ratio in found[length].items()
         )
         print(f"{length:>8}{cells}   {marks}")

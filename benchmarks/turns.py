@@ -24,6 +24,7 @@ AWAKE_SECONDS = 0.02  # before a run
 QUIET = 1.05
 MOST = 3
 LONG_SECONDS = 2
+MOST_TURNS = 15
 PRODUCTS, SIDE = 8, 512  # 10 ms
 
 
@@ -41,11 +42,14 @@ class Medians(NamedTuple):
     pace: float
 
 
-def rank_medians(runs: Mapping[str, Callable[[], object]], turns: int) -> dict[str, Medians]:
-    """Of `turns` repeats of each run, which all ranks call together. The first turn does not count."""
+def rank_medians(runs: Mapping[str, Callable[[], object]], turns: int, seconds: float = 0.0) -> dict[str, Medians]:
+    """Of `turns` repeats of each run; if those take less than `seconds`, of more, up to MOST_TURNS. All ranks call it
+    together. The first turn does not count.
+    """
     taken: dict[str, list[Run]] = {name: [] for name in runs}
     before, fastest = _products(), math.inf
-    for turn in range(MOST * turns + 1):
+    turn, lasted = 0, 0.0
+    while turn <= MOST * turns:
         for name in [name for name, of in taken.items() if sum(_counts(run, fastest) for run in of) < turns]:
             _wait_together()
             began, began_cpu = time.perf_counter(), time.process_time()
@@ -55,8 +59,12 @@ def rank_medians(runs: Mapping[str, Callable[[], object]], turns: int) -> dict[s
             walls, cpus, paces = _of_all_ranks(wall, cpu, max(before, after))
             busy = [pace for pace, seconds in zip(paces, cpus, strict=True) if seconds > max(walls) / 2]
             before, fastest = after, min(fastest, *paces)
+            lasted += max(walls)
             if turn:
                 taken[name].append(Run(max(walls), sum(cpus), max(busy, default=max(paces))))
+        if turn == 0:
+            turns = max(turns, min(MOST_TURNS, round(seconds / lasted)))
+        turn += 1
     return {name: medians(of, turns, fastest) for name, of in taken.items()}
 
 

@@ -17,6 +17,7 @@ from benchmarks.attention_peers import NUM_RANKS, WRONG, error, positions
 from benchmarks.attention_ranks import Shape
 from benchmarks.command import without_folders
 from benchmarks.prefill_peers import Peer, check_same_model
+from benchmarks.serve import ratio_of_medians
 from benchmarks.streams import read_streams
 from benchmarks.turns import Run, medians
 
@@ -95,3 +96,11 @@ def test_turns_in_which_the_cores_were_slow_do_not_count() -> None:
     slow, quick = Run(wall=3.0, cpu=5.0, pace=1.2), Run(wall=1.0, cpu=2.0, pace=1.01)
     assert medians([slow, quick, slow, quick, slow], 2, fastest=1.0) == (1.0, 2.0, 1.01)
     assert medians([slow, quick, slow], 3, fastest=1.0) == (3.0, 5.0, 1.2)
+
+
+def test_a_ratio_says_how_sure_it_is() -> None:
+    random = np.random.default_rng(1)
+    for count, width in (20, 0.2), (2000, 0.02):
+        ratio = ratio_of_medians(random.normal(1.1, 0.1, count).tolist(), random.normal(1.0, 0.1, count).tolist())
+        assert ratio.low < 1.1 < ratio.high and ratio.low < ratio.value < ratio.high
+        assert width / 2 < ratio.high - ratio.low < 1.5 * width
