@@ -23,7 +23,7 @@ import torch.distributed as dist
 AWAKE_SECONDS = 0.02  # before a run
 QUIET = 1.05
 MOST = 3
-LONG_SECONDS = 2
+LONG_SECONDS = 10
 MOST_TURNS = 15
 PRODUCTS, SIDE = 8, 512  # 10 ms
 
