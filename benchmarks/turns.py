@@ -57,7 +57,7 @@ def rank_medians(runs: Mapping[str, Callable[[], object]], turns: int, seconds: 
             wall, cpu = time.perf_counter() - began, time.process_time() - began_cpu
             after = _products()
             walls, cpus, paces = _of_all_ranks(wall, cpu, max(before, after))
-            busy = [pace for pace, seconds in zip(paces, cpus, strict=True) if seconds > max(walls) / 2]
+            busy = [pace for pace, used in zip(paces, cpus, strict=True) if used > max(walls) / 2]
             before, fastest = after, min(fastest, *paces)
             lasted += max(walls)
             if turn:
