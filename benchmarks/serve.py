@@ -42,7 +42,7 @@ DRAWS = 1000
 
 class Ratio(NamedTuple):
     value: float
-    low: float  # with high: what 95 % of repetitions of the measurement would give
+    low: float  # with high: a 95 % confidence interval
     high: float
 
     def __str__(self) -> str:
