@@ -23,7 +23,7 @@ from sp_backend.topology import Floats, Machine, Rates
 
 MOST_TRIALS: Final = 24
 REPEATS: Final = 3  # runs of each, of which the median counts
-SECONDS: Final = 0.75  # that all trials may take, each once; more only where it would not do for FEWEST quick ones
+SECONDS: Final = 0.35
 FEWEST: Final = 12
 PRIOR: Final = 0.2  # standard deviation of a factor's logarithm: most rates are within 30 % of what was measured
 NOISE: Final = 0.03  # of a prediction by the right factors, against what is measured
@@ -79,7 +79,7 @@ def choose_trials(planner: Planner, longest: int) -> list[Trial]:
     if len(variants) < 2 or not sizes:
         return []
     times, slopes = _linearised(planner, variants, [[size] for size in sizes])
-    wanted = _decisions(times, slopes)
+    wanted = _decisions(*_as_compared(planner, variants, times, slopes))
     pool = [
         Trial(v, *size, tuple(slopes[i, j].tolist())) for i, size in enumerate(sizes) for j, v in enumerate(variants)
     ]
@@ -102,6 +102,13 @@ def choose_trials(planner: Planner, longest: int) -> list[Trial]:
         cost[best] = np.inf  # a second time, it would be as wrong for the same reason
         spread = spread - np.outer(known[best], known[best]) / variance[best]
     return found
+
+
+def _as_compared(planner: Planner, variants: Sequence[Variant], times: Floats, slopes: Floats) -> tuple[Floats, Floats]:
+    """The same with the handicap of shared prompts: where that decides, nothing has to be known."""
+    share, delay = np.array([planner.handicap(planner.degree(variant)) for variant in variants]).T
+    own = np.exp(times) * share
+    return np.log(own + delay), slopes * (own / (own + delay))[..., None]
 
 
 def _decisions(times: Floats, slopes: Floats) -> Floats:

@@ -180,6 +180,14 @@ class Planner:
         sizes = Sizes(np.array(rows, np.int64), np.ones((len(rows), len(rows[0])), np.int64))
         return self._costs[variant].times(sizes).step
 
+    def handicap(self, degree: int) -> tuple[float, float]:
+        """What predicted seconds are multiplied by, and what is added to them, before degrees are compared."""
+        return (1.0, 0.0) if degree == 1 else (1.0 + self.machine.error, self._delay)
+
+    def degree(self, variant: Variant) -> int:
+        """How many ranks share a prompt under a candidate."""
+        return 1 if variant == OFF else variant.degree or self.num_ranks
+
     def plan(self, variant: Variant) -> Plan:
         """A candidate's; not proved."""
         return self._costs[variant].plan
@@ -192,7 +200,7 @@ class Planner:
         """Every candidate (of a degree) costed for the very batch, fastest first; slower than choose."""
         found = []
         for variant in self.candidates:
-            size = self._degree(variant)
+            size = self.degree(variant)
             if degree is None or size == degree:
                 cost, geometry = self._costs[variant], self.lay_out(variant, batch)
                 found.append(Candidate(variant, size, cost.plan, geometry, cost.cost(geometry)))
@@ -221,13 +229,14 @@ class Planner:
         """The degree of a prompt of so many pages."""
         return self.choose([(new * self._page_size, cached * self._page_size)]).degree
 
-    def _degree(self, variant: Variant) -> int:
-        return 1 if variant == OFF else variant.degree or self.num_ranks
-
     def _best_degree(self, seconds: Mapping[int, float]) -> int:
         """Of seconds by degree."""
-        error, delay = self.machine.error, self._delay
-        return min(seconds, key=lambda d: seconds[d] if d == 1 else seconds[d] * (1.0 + error) + delay)
+
+        def counted(degree: int) -> float:
+            share, delay = self.handicap(degree)
+            return seconds[degree] * share + delay
+
+        return min(seconds, key=counted)
 
     def _groups(self, batch: Batch, degrees: Sequence[int]) -> dict[int, list[list[int]]]:
         """The prompts of each group of ranks that has any, by degree."""
@@ -245,7 +254,7 @@ class Planner:
     def _table(self) -> Table:
         """Variants that win nowhere are left out."""
         step = np.stack([times.step for times in self._times(self.candidates, Axes.even(self.num_ranks))], -1)
-        degrees = np.array([self._degree(v) for v in self.candidates])
+        degrees = np.array([self.degree(v) for v in self.candidates])
         kept = [i for d in np.unique(degrees) for i in _cover(step, np.flatnonzero(degrees == d), self.num_ranks // d)]
         variants = [self.candidates[i] for i in kept]
         axes = Axes.by_page(self.num_ranks, self._page_size)

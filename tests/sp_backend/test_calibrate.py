@@ -106,6 +106,15 @@ def test_trials_are_few_short_and_of_plans_that_may_be_chosen(machine: str, shap
     assert chosen == choose_trials(planner, longest=5000)
 
 
+def test_trials_are_of_sizes_at_which_the_handicap_of_sharing_leaves_a_choice() -> None:
+    """What a step of 64 tokens takes is of no use where sharing pays from 1,024 on."""
+    machine = preset("loopback-2")
+    now, later = (Planner(machine, SMALL, 2, delay=delay) for delay in (0.0, 20e-3))
+    assert now.degree_for(512, 0) == 2 > later.degree_for(512, 0) == 1 < later.degree_for(1024, 0)
+    lengths = [[t.new for t in choose_trials(planner, longest=5000)] for planner in (now, later)]
+    assert np.mean(lengths[1]) > 1.5 * np.mean(lengths[0]) and max(lengths[1]) > max(lengths[0])
+
+
 def test_where_there_is_no_choice_there_are_no_trials() -> None:
     assert choose_trials(Planner(preset("nvlink4-4"), MHA, 1), longest=32768) == []
     assert choose_trials(Planner(preset("nvlink4-4"), MHA, 4, layout="heads"), longest=32768) == []
