@@ -1,9 +1,9 @@
 """TokenRing: KV stays, Q moves down the ring, and each state goes straight to its owner, the other way.
 
-The state computed in round t is sent in round t+1, while the next Q is attended, so only the last one is
-exposed. Under zigzag the front half of Q is dropped where it wraps around, unless there is history, which
-every query sees. Worth it when Q and its state are smaller than KV: few query heads per KV head, or a long
-cached prefix. Source: TokenRing (arXiv 2412.20501).
+The state computed in round t is sent in round t+1, while the next Q is attended, and the last one while a rank attends
+what it kept of its own (see pass_q). Under zigzag the front half of Q is dropped where it wraps around, unless there is
+history, which every query sees. Worth it when Q and its state are smaller than KV: few query heads per KV head, or a
+long cached prefix. Source: TokenRing (arXiv 2412.20501), where nothing is left to compute beside the last state.
 """
 
 from __future__ import annotations

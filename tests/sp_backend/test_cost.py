@@ -71,16 +71,22 @@ def test_rings_on_one_port_gain_nothing() -> None:
 
 @pytest.mark.parametrize("cached", [0, 1 << 17])
 def test_queries_that_move_are_hidden_from_a_context_on_that_new_tokens_do_not_change(cached: int) -> None:
-    """(C + T/2) >= P F e / (4 BW) in one direction; what remains is the last state's way home."""
+    """(C + T/2) >= P F e / (4 BW) in one direction. What remains: the first Q beyond a rank's work on the first half of
+    its own, and the last state's way home beyond that on the second half.
+    """
     machine = mesh(4)
     threshold = 4 * FLOPS * MHA.itemsize / (4 * BANDWIDTH)
     new = max(512, round(2.2 * (threshold - cached)))
-    found = cost("token_ring", machine, MHA, new, cached)
-    state = new / 4 * MHA.num_heads * (MHA.head_dim * MHA.itemsize + 4)
-    assert found.exposed == pytest.approx(state / BANDWIDTH, rel=0.02)
+    chunk, pair = new / 8, 4 * MHA.num_heads * MHA.head_dim / FLOPS
+    q = 2 * chunk * MHA.num_heads * MHA.head_dim * MHA.itemsize / BANDWIDTH
+    state = q + 2 * chunk * MHA.num_heads * 4 / BANDWIDTH
+    first, second = (pair * chunk * (seen * chunk + cached / 4) for seen in (0.5, 1.5))
+    remains = max(0.0, q - first) + max(0.0, state - second)
+    assert cost("token_ring", machine, MHA, new, cached).exposed == pytest.approx(remains, rel=0.02, abs=1e-9)
+    assert (remains == 0) == bool(cached)
     if not cached:
         hidden_not = cost("token_ring", machine, MHA, round(1.6 * threshold), 0)
-        assert hidden_not.exposed > 1.5 * state / BANDWIDTH * 1.6 / 2.2
+        assert hidden_not.exposed > 1.5 * state * 1.6 / 2.2
 
 
 def test_bytes_are_those_that_the_executor_sends_and_pass_each_resource_of_their_link() -> None:

@@ -129,7 +129,15 @@ def test_ring_pass_q_keeps_kv_and_sends_all_states_home_at_the_end() -> None:
     plan = plan_for("ring_pass_q", num_ranks=4, num_heads=4, num_kv_heads=4)
     assert sent(plan, KV) == 0
     assert {t.block.operand for r in plan.rounds[:-1] for t in r.transfers} == {Q}
-    assert {t.block.operand for t in plan.rounds[-1].transfers} == {STATE} and not plan.rounds[-1].attends
+    assert {t.block.operand for t in plan.rounds[-1].transfers} == {STATE}
+
+
+@pytest.mark.parametrize("name", ["ring_pass_q", "token_ring"])
+def test_where_q_moves_a_rank_s_own_second_half_hides_the_last_states_way_home(name: str) -> None:
+    plan = plan_for(name, num_ranks=4, num_heads=4, num_kv_heads=4)
+    own = {(a.rank, a.q.chunk) for a in plan.rounds[-1].attends}
+    assert own == {(r, plan.layout.q_of(r)[1]) for r in range(4)}
+    assert {(a.rank, a.q.chunk) for a in plan.rounds[0].attends} == {(r, plan.layout.q_of(r)[0]) for r in range(4)}
 
 
 def busiest_link(plan: Plan) -> int:
