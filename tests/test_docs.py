@@ -79,8 +79,9 @@ def test_command(command: str, model: Path, server: LaunchedServer, cache: Path,
         _serves(words + ["-o", f"{sys.prefix}/.serve", f"VENV={sys.prefix}"])
     elif words[0] == "curl":
         answer = subprocess.run([*words, "-fsS"], capture_output=True, text=True, timeout=60, check=True)
-        ending = '"finish_reason":"stop"' if "response_format" in command else '"finish_reason":"length"'
-        assert ('"object":"embedding"' if "/embeddings" in command else ending) in answer.stdout
+        ends = ("stop",) if "response_format" in command else ("stop", "length")  # random weights may draw an end
+        wanted = ['"object":"embedding"'] if "/embeddings" in command else [f'"finish_reason":"{end}"' for end in ends]
+        assert any(part in answer.stdout for part in wanted)
     elif words[:3] == ["python", "-m", "server.launch"]:
         with LaunchedServer(*words[3:], "--oversubscribe") as launched:
             assert "ready to roll" in launched.output()
