@@ -23,7 +23,7 @@ from sp_backend.topology import Floats, Machine, Rates
 
 MOST_TRIALS: Final = 24
 REPEATS: Final = 3  # runs of each, of which the median counts
-SECONDS: Final = 0.35
+SECONDS: Final = 0.35  # that all trials may take, each once; more only if FEWEST quick ones would not fit
 FEWEST: Final = 12
 PRIOR: Final = 0.2  # standard deviation of a factor's logarithm: most rates are within 30 % of what was measured
 NOISE: Final = 0.03  # of a prediction by the right factors, against what is measured
@@ -105,7 +105,9 @@ def choose_trials(planner: Planner, longest: int) -> list[Trial]:
 
 
 def _as_compared(planner: Planner, variants: Sequence[Variant], times: Floats, slopes: Floats) -> tuple[Floats, Floats]:
-    """The same with the handicap of shared prompts: where that decides, nothing has to be known."""
+    """times and slopes, as _linearised gives them, with the handicap that shared prompts have when degrees are
+    compared: where it decides, nothing has to be known.
+    """
     share, delay = np.array([planner.handicap(planner.degree(variant)) for variant in variants]).T
     own = np.exp(times) * share
     return np.log(own + delay), slopes * (own / (own + delay))[..., None]
