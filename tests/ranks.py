@@ -29,7 +29,8 @@ def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: f
 
 class RankPool:
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # which imports torch once for all ranks
+        context.set_forkserver_preload([__name__])
         self._store = tempfile.TemporaryDirectory()
         self._ends: list[Connection] = []
         self._processes = []

@@ -53,27 +53,28 @@ class GlooTransport:
 
     @classmethod
     def create(cls, world_size: int, sp_size: int, my_rank: int, timeout: float) -> GlooTransport:
-        """Build the groups of all SP groups (every rank of the world must call this) and return my end."""
-        mine: GlooTransport | None = None
-        for ranks in sp_groups(world_size, sp_size):
-            up, down = (dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2))
-            if my_rank in ranks:
-                mine = cls(up, down, timeout)
-        assert mine is not None, f"rank {my_rank} is outside the world of {world_size}"
-        return mine
+        """My end of this rank's SP group of the default group's ranks; all of its ranks must call this."""
+        ranks = next(ranks for ranks in sp_groups(world_size, sp_size) if my_rank in ranks)
+        return cls._meet(f"ranks {ranks[0]} to {ranks[-1]}", ranks.index(my_rank), sp_size, timeout)
 
     @classmethod
     def over(cls, group: ProcessGroup) -> GlooTransport:
         """My end of a process group of any backend, with its ranks, their order and its world's time limit.
 
-        The group's ranks, and no others, must call this, which is why `new_group` will not do: it wants every rank of
-        the world, or else equal numbers of groups on all ranks of this one.
+        All of the group's ranks must call this, and no others.
         """
-        store: Any = dist.distributed_c10d._get_default_store()  # Any: its stub lacks the time limit
-        name = f"sp_backend/{group.group_name}"
-        use = (store.add(f"{name}/uses", 1) - 1) // group.size()  # a name is good for one meeting
-        up, down = (_gloo_group(f"{name}/{use}/{way}", store, group.rank(), group.size()) for way in ("up", "down"))
-        return cls(up, down, store.timeout.total_seconds())
+        timeout = dist.distributed_c10d._get_default_store().timeout.total_seconds()  # type: ignore[attr-defined]
+        return cls._meet(group.group_name, group.rank(), group.size(), timeout)
+
+    @classmethod
+    def _meet(cls, name: str, rank: int, size: int, timeout: float) -> GlooTransport:
+        """Not with `new_group`, which wants every rank of the world, or else equal numbers of groups on all ranks of
+        this one, and which keeps what it makes: a gloo group's thread wakes a hundred times a second.
+        """
+        store: Any = dist.distributed_c10d._get_default_store()
+        use = (store.add(f"sp_backend/{name}/uses", 1) - 1) // size  # a name is good for one meeting
+        up, down = (_gloo_group(f"sp_backend/{name}/{use}/{way}", store, rank, size, timeout) for way in ("up", "down"))
+        return cls(up, down, timeout)
 
     def take(self, num_bytes: int) -> Tensor:
         buffer = self.pool.take(num_bytes)
@@ -97,11 +98,11 @@ class GlooTransport:
         return self._upward if src < dst else self._downward
 
 
-def _gloo_group(name: str, store: Any, rank: int, size: int) -> ProcessGroup:
-    """A process group that meets under a name in the store."""
+def _gloo_group(name: str, store: Any, rank: int, size: int, timeout: float) -> ProcessGroup:
+    """A process group that meets under a name in the store, and ends with its last reference."""
     meeting = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     group = ProcessGroup(meeting, rank, size)
-    backend = dist.ProcessGroupGloo(meeting, rank, size, store.timeout)
+    backend = dist.ProcessGroupGloo(meeting, rank, size, timedelta(seconds=timeout))
     group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, backend)
     return group
 

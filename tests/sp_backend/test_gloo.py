@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from sp_backend.execute import Executor
 from sp_backend.geometry import predicted_bytes
@@ -17,7 +18,7 @@ from sp_backend.native import choose_kernel
 from sp_backend.strategies import STRATEGIES, plan_for, variants
 from sp_backend.transport import Expected, Message, Transport
 from sp_backend.transport.gather import gather_bytes
-from sp_backend.transport.gloo import GlooTransport, ProcessGroup, sp_groups
+from sp_backend.transport.gloo import GlooTransport, sp_groups
 from sp_backend.transport.recording import RecordingTransport
 from sp_backend.transport.shared_memory import GRANULE, SharedMemoryTransport, shared_memory
 from tests.lockstep import Batch, Request, run_lockstep
@@ -37,8 +38,8 @@ def cases(num_ranks: int) -> list[Case]:
     return every + [{"variant": n, "kind": k, "redundant_kv": red, **sizes} for n, k, red in others if k != "zigzag"]
 
 
-def make(transport: str, up: ProcessGroup, down: ProcessGroup) -> Transport:
-    gloo = GlooTransport(up, down, timeout=20)
+def make(transport: str, num_ranks: int, rank: int) -> Transport:
+    gloo = GlooTransport.create(num_ranks, num_ranks, rank, timeout=20)
     made = shared_memory(gloo, timeout=20) if transport == "shared_memory" else gloo
     assert made is not None
     return made
@@ -47,10 +48,9 @@ def make(transport: str, up: ProcessGroup, down: ProcessGroup) -> Transport:
 def run_cases(
     rank: int, size: int, transport: str, num_ranks: int, plans: list[Case], dtype: torch.dtype, how: dict[str, int]
 ) -> list[Any]:
-    up, down = (dist.new_group(list(range(num_ranks))) for _ in range(2))
     if rank >= num_ranks:
         return []
-    wire = RecordingTransport(make(transport, up, down))
+    wire = RecordingTransport(make(transport, num_ranks, rank))
     results = []
     for case in plans:
         plan = plan_for(**case)
@@ -90,7 +90,7 @@ def test_every_plan_gives_the_bits_of_lockstep_and_sends_the_predicted_bytes(
 
 def held_after(rank: int, size: int, kind: str, layers: int) -> tuple[int, int]:
     """Bytes that a transport keeps, and messages sent in a layer, which are small ones."""
-    transport = make(kind, *(dist.new_group(list(range(size))) for _ in range(2)))
+    transport = make(kind, size, rank)
     plan = plan_for("token_ring", num_ranks=size, num_heads=8, num_kv_heads=2)
     batch = Batch(plan.layout, REQUESTS)
     executor = Executor(
@@ -127,6 +127,28 @@ def test_sp_groups_of_a_larger_world_do_not_mix() -> None:
     assert run_on_ranks(WORLD, exchange_in_groups, 2) == [[1], [0], [3], [2]]
     with pytest.raises(ValueError, match="cannot be divided"):
         sp_groups(6, 4)
+
+
+def gloo_threads_of(rank: int, size: int, kind: str) -> tuple[int, int]:
+    """That a transport adds, and that are left when it is gone."""
+
+    def count() -> int:
+        names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+        return sum("gloo" in name for name in names)
+
+    before = count()
+    transport = make(kind, size, rank)
+    gather_bytes(transport, b"")
+    during = count()
+    del transport
+    return during - before, count() - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_ranks_that_share_memory_keep_no_gloo_threads() -> None:
+    """Each of its groups has one that wakes a hundred times a second."""
+    assert all(during > 0 and left == 0 for during, left in run_on_ranks(WORLD, gloo_threads_of, "gloo"))
+    assert run_on_ranks(WORLD, gloo_threads_of, "shared_memory") == [(0, 0)] * WORLD
 
 
 def wait_for_nothing(rank: int, size: int) -> str:
