@@ -129,7 +129,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: str) -> None:
     on = {"kernel": "one core", "peers": "two ranks of one thread"}
     parts = [part for part in on if part in results]
     figure, all_axes = pyplot.subplots(
-        1, len(parts), figsize=(6.4 * len(parts), 5), layout="constrained", squeeze=False
+        1, len(parts), figsize=(6.4 * len(parts), 6), layout="constrained", squeeze=False
     )
     for part, axes in zip(parts, all_axes[0], strict=True):
         rows = results[part]
@@ -142,7 +142,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: str) -> None:
         axes.set(xscale="log", xlabel="tokens", ylabel=f"GFLOP/s, {on[part]}, bf16, causal", ylim=(0, None))
         axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
         axes.minorticks_off()
-        axes.legend(fontsize="small", loc="center")  # between ours and theirs
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.savefig(path)
 
 
